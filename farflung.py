@@ -1,0 +1,39 @@
+"""What authors of tasks and strategies import: ``from farflung import Task, Strategy``."""
+
+from protos.errors import FarflungError
+from protos.manifest import Manifest, TensorSpec, Tile
+from protos.plan import OptimizerChoice, Plan, Schedule, Work
+from strategies.protocol import (
+    Calibration,
+    Cohort,
+    Draft,
+    Refinement,
+    RoundSummary,
+    SidePayload,
+    Step,
+    Strategy,
+    Update,
+)
+from strategies.task import Options, Task
+
+__all__ = [
+    "Calibration",
+    "Cohort",
+    "Draft",
+    "FarflungError",
+    "Manifest",
+    "OptimizerChoice",
+    "Options",
+    "Plan",
+    "Refinement",
+    "RoundSummary",
+    "Schedule",
+    "SidePayload",
+    "Step",
+    "Strategy",
+    "Task",
+    "TensorSpec",
+    "Tile",
+    "Update",
+    "Work",
+]

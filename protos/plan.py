@@ -1,0 +1,205 @@
+"""A plan: what the orchestrator asks one site to do in one attempt of one round.
+
+A plan is frozen, written to the ledger before it goes out, and identified by (run, round,
+attempt). Its ``work_digest`` covers only what decides the result, so that work finished for an
+abandoned attempt counts in the next one without training again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from protos.digest import canonical, digest
+from protos.errors import ManifestInvalid
+
+MAX_PLAN_BYTES = 4 << 20
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """Base of the documents on the wire: frozen, unknown keys refused, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def encode(self) -> bytes:
+        """Canonical JSON."""
+        return canonical(self.model_dump(mode="json"))
+
+
+class Work(Frozen):
+    """How much a site trains: exactly one of the four.
+
+    Attributes:
+        epochs: Passes over the site's training data, > 0; a fraction ends within an epoch.
+        steps: Optimizer steps, >= 1.
+        tokens: Elements of the targets seen, >= 1.
+        seconds: Wall seconds of training, > 0 (the result then depends on the machine).
+    """
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    seconds: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Work:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("give exactly one of epochs, steps, tokens, seconds")
+        return self
+
+    @property
+    def unit(self) -> str:
+        """Which of the four it is."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def amount(self) -> float:
+        """How much, in ``unit``."""
+        return float(next(iter(self.model_dump(exclude_none=True).values())))
+
+
+class Schedule(Frozen):
+    """The learning rate inside one round, restarted at every round (CLR).
+
+    With u in [0, 1) the part of the round that is done (algorithms: exp ``lr * decay**u``;
+    cosine ``floor + (lr - floor)(1 + cos(pi u))/2`` with ``floor = lr * decay``; triangular
+    ``lr * decay`` up to ``lr`` at u = 1/2 and down again; constant ``lr``).
+
+    Attributes:
+        shape: exp, cosine, triangular or constant.
+        lr: Peak learning rate, > 0.
+        decay: Ratio of the lowest to the peak rate, in (0, 1].
+        granularity: Whether u moves with every step or every epoch.
+    """
+
+    shape: Literal["exp", "cosine", "triangular", "constant"] = "constant"
+    lr: float = Field(gt=0)
+    decay: float = Field(1.0, gt=0, le=1)
+    granularity: Literal["step", "epoch"] = "step"
+
+
+class OptimizerChoice(Frozen):
+    """The inner optimizer: a name and its options.
+
+    Attributes:
+        name: sgd, adam or adamw.
+        momentum: SGD's momentum, in [0, 1).
+        nesterov: SGD with Nesterov's momentum.
+        weight_decay: >= 0.
+        betas: Adam's decay rates.
+        keep_state: Keep the optimizer's state at the site between rounds.
+    """
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    keep_state: bool = False
+
+
+class TaskChoice(Frozen):
+    """Which task, and its parameters of the run; the code is the site's own."""
+
+    name: Name
+    params: dict[str, Any] = {}
+
+
+class StrategyChoice(Frozen):
+    """One strategy of the stack: its name, its hyperparameters, and the rounds it is active in."""
+
+    name: Name
+    params: dict[str, Any] = {}
+    rounds: tuple[int, int | None] | None = None
+
+
+class Plan(Frozen):
+    """What one site is asked to do.
+
+    Attributes:
+        run: Id of the run.
+        round: 1, 2, …; 0 for the exchange that makes the first base.
+        attempt: 1, 2, …
+        kind: train: fetch, train, contribute. init: build the task's model and contribute its
+            weights as they are. assess: evaluate a candidate and contribute sums. reassess: the
+            same with the calibration maps that were fitted to the first sums.
+        site: To whom it is addressed.
+        base: Digest of the model's index; empty for init.
+        manifest: Digest of the shared part's manifest; empty for init.
+        accepts: Digests of the bases from which a contribution may come.
+        frozen: Digest of the index of the frozen part; empty if there is none.
+        groups: Tensor groups covered; None for all.
+        task: Which task.
+        stack: The strategies that are active in this round, in the order of the run file.
+        payload: What each strategy's ``plan`` hook gives its site half, by strategy name.
+        work: How much to train.
+        schedule: Learning rate inside the round.
+        optimizer: Inner optimizer.
+        batch_size: Samples of a step, >= 1.
+        seed: Of the run; all randomness at a site is a function of it, the site, the round and the step.
+        gradient_clip: Largest global norm of a gradient; None for no clipping.
+        last_counted: Digest of the site's last contribution in the history of the base; the
+            site starts from the state that it stored under it. Empty: from scratch.
+        deadline_s: Seconds from the offer to the deadline; informs, the orchestrator's clock decides.
+        calibration: Maps fitted so far (assess), by strategy name.
+    """
+
+    run: Name
+    round: int = Field(ge=0)
+    attempt: int = Field(ge=1)
+    kind: Literal["train", "init", "assess", "reassess"] = "train"
+    site: Name
+    base: Digest | Literal[""] = ""
+    manifest: Digest | Literal[""] = ""
+    accepts: tuple[Digest, ...] = ()
+    frozen: Digest | Literal[""] = ""
+    groups: tuple[str, ...] | None = None
+    task: TaskChoice
+    stack: tuple[StrategyChoice, ...] = ()
+    payload: dict[str, Any] = {}
+    work: Work
+    schedule: Schedule
+    optimizer: OptimizerChoice = OptimizerChoice()
+    batch_size: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    gradient_clip: float | None = Field(None, gt=0)
+    last_counted: Digest | Literal[""] = ""
+    deadline_s: float = Field(3600.0, gt=0)
+    calibration: dict[str, Any] = {}
+
+    @property
+    def id(self) -> str:
+        """(run, round, attempt, kind) as text; with the site it names one piece of work."""
+        return f"{self.run}/{self.round}/{self.attempt}/{self.kind}"
+
+    @property
+    def work_digest(self) -> str:
+        """Digest of what decides the result; equal for attempts that ask for the same work."""
+        decides = self.model_dump(mode="json", exclude={"attempt", "deadline_s", "accepts"})
+        return digest(canonical(decides))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Plan:
+        """The plan of some received bytes.
+
+        Raises:
+            ManifestInvalid: Too large, or a key is missing, unknown or out of range.
+        """
+        if len(data) > MAX_PLAN_BYTES:
+            raise ManifestInvalid(f"plan of {len(data)} bytes exceeds {MAX_PLAN_BYTES}")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ManifestInvalid(f"plan: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a validation: the key's path, and what is wrong with it."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    more = error.error_count() - 1
+    return f"{where}: {problem['msg']}" + (f" (and {more} more)" if more else "")

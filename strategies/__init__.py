@@ -1,0 +1,1 @@
+"""Arithmetic on tensors and the Task protocol: no network, no files, no scheduler."""

@@ -1,0 +1,112 @@
+"""The Task protocol: what a data center's own people write.
+
+A task's code never travels. A plan names it, with typed parameters; the site's own ``site.toml``
+says which file it is and gives settings that never leave the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate
+
+
+class Options(BaseModel):
+    """Base of ``Params`` and ``Settings``: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Task:
+    """A workload: a model, this site's data, a loss.
+
+    Subclasses give ``model`` and ``train_data`` at least. An instance is made once per trainer
+    process and kept warm between rounds, so data may be cached on it.
+
+    Attributes:
+        Params: Typed parameters of a run (backbone, image size). They come with the plan.
+        Settings: Typed settings of this site (data root). They are never sent.
+        features: What a strategy may rely on: "classification" (``forward`` gives logits of
+            shape (batch, classes) and targets are class indices), "logits", …
+
+    Args:
+        params: Parameters of the run.
+        settings: Settings of the site.
+    """
+
+    Params: ClassVar[type[Options]] = Options
+    Settings: ClassVar[type[Options]] = Options
+    features: ClassVar[frozenset[str]] = frozenset({"classification"})
+
+    def __init__(self, params: Any = None, settings: Any = None) -> None:
+        self.params = params if params is not None else self.Params()
+        self.settings = settings if settings is not None else self.Settings()
+
+    def model(self) -> nn.Module:
+        """A new model with random weights drawn from torch's global generator.
+
+        Tensors that don't require a gradient are placed ``frozen``: known by digest, never sent.
+        """
+        raise NotImplementedError
+
+    def train_data(self) -> Dataset[Any]:
+        """This site's own training data; it never leaves."""
+        raise NotImplementedError
+
+    def val_data(self) -> Dataset[Any] | None:
+        """Data that steers: gates, temperature, epsilon. None: this site has none."""
+        return None
+
+    def test_data(self) -> Dataset[Any] | None:
+        """Data that is only reported. None: this site has none."""
+        return None
+
+    def proxy_data(self) -> Dataset[Any] | None:
+        """Unlabelled inputs that the orchestrator may use for distillation. None: there are none."""
+        return None
+
+    def placement(self) -> Mapping[str, str]:
+        """Where tensors live, by name pattern (fnmatch): shared, site, orchestrator or frozen."""
+        return {}
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """One batch of some samples; by default torch's."""
+        return default_collate(list(samples))
+
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """Inputs and targets of a batch; by default its two halves."""
+        inputs, targets = batch
+        return inputs, targets
+
+    def forward(self, model: nn.Module, inputs: Any) -> Any:
+        """The model's outputs; by default ``model(inputs)``."""
+        return model(inputs)
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss to minimise, a scalar; by default cross-entropy, mean over the batch."""
+        return F.cross_entropy(outputs, targets)
+
+    def tokens(self, targets: Any) -> int:
+        """How many tokens a batch counts for, where work is given in tokens."""
+        return int(targets.numel()) if isinstance(targets, Tensor) else len(targets)
+
+    def metrics(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Further metrics of a batch as sums over its samples, by name.
+
+        A metric ``name`` is reported as the sum divided by the number of samples.
+        """
+        return {}
+
+
+def seed_everything(*parts: object) -> int:
+    """Seed torch's global generator with a function of ``parts``; gives the seed (63 bits)."""
+    from protos.digest import canonical, digest
+
+    seed = int(digest(canonical([str(p) for p in parts]))[:16], 16) >> 1
+    torch.manual_seed(seed)
+    return seed

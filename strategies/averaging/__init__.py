@@ -1,0 +1,1 @@
+"""How long do sites train, and how is the mean taken?"""

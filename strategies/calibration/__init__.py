@@ -1,0 +1,1 @@
+"""Can the confidence be trusted?"""

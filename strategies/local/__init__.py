@@ -1,0 +1,1 @@
+"""What keeps sites from drifting?"""

@@ -1,0 +1,119 @@
+"""Raw little-endian bytes to tensors and back, for every dtype of a manifest.
+
+The only place where torch meets the wire. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protos.errors import DataCorrupt, ManifestInvalid
+from protos.manifest import ALIGNMENT, Manifest, TensorSpec
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("farflung's wire format is little-endian, and so must the machine be")
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The manifest's name of a tensor's dtype.
+
+    Raises:
+        ManifestInvalid: A dtype that manifests don't have (complex, quantised).
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ManifestInvalid(f"tensors of dtype {name} can't be exchanged")
+    return name
+
+
+def view_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    flat = tensor.detach().contiguous().flatten()
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def from_bytes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that owns a copy of some bytes.
+
+    Raises:
+        ManifestInvalid: The bytes don't make that dtype and shape.
+    """
+    out = torch.empty(shape, dtype=DTYPES[dtype])
+    if len(data) != out.numel() * out.element_size():
+        raise ManifestInvalid(f"{len(data)} bytes don't make {dtype} {list(shape)}")
+    if out.numel():
+        memoryview(out.flatten().view(torch.uint8).numpy())[:] = data
+    return out
+
+
+def iterate_bytes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """An artefact's bytes in order, padding included, tensor by tensor.
+
+    Raises:
+        ManifestInvalid: A tensor is missing or has another shape or dtype than the manifest says.
+    """
+    for spec in manifest:
+        data = view_bytes(_checked(spec, tensors))
+        yield data
+        if padding := -len(data) % ALIGNMENT:
+            yield memoryview(bytes(padding))
+
+
+def _checked(spec: TensorSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors.get(spec.name)
+    if tensor is None:
+        raise ManifestInvalid(f"tensor {spec.name} is missing", tensor=spec.name)
+    if tuple(tensor.shape) != spec.shape or dtype_name(tensor) != spec.dtype:
+        raise ManifestInvalid(
+            f"tensor {spec.name} is {dtype_name(tensor)} {list(tensor.shape)}, "
+            f"but the manifest says {spec.dtype} {list(spec.shape)}",
+            tensor=spec.name,
+        )
+    return tensor.detach().cpu()
+
+
+def map_file(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of an artefact's file, mapped copy-on-write: pages are read when touched.
+
+    Raises:
+        DataCorrupt: The file has another size than the manifest says.
+    """
+    size = path.stat().st_size
+    if size != manifest.nbytes:
+        raise DataCorrupt(f"{path.name}: {size} bytes where the manifest says {manifest.nbytes}")
+    if size == 0:
+        return {s.name: torch.empty(s.shape, dtype=DTYPES[s.dtype]) for s in manifest}
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(mapped, dtype=torch.uint8)
+    out = {}
+    for spec, offset in zip(manifest, manifest.offsets, strict=True):
+        part = flat[offset : offset + spec.nbytes]
+        if spec.elements == 0:
+            out[spec.name] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        else:
+            out[spec.name] = part.view(DTYPES[spec.dtype]).view(spec.shape)
+    return out

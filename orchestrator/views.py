@@ -1,0 +1,231 @@
+"""What an operator sees: the nouns of ``--json``, of the tables, and of the page.
+
+One definition for all three. Times are seconds since the epoch (UTC), sizes bytes, durations
+seconds; a number that is not known is None, never a made-up value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SiteState = Literal[
+    "never attached", "attached", "gone", "paused", "revoked",
+]  # fmt: skip
+
+WorkState = Literal[
+    "asked", "waiting", "preparing", "fetching", "training", "encoding", "sending",
+    "counted", "late", "refused", "failed", "gone", "left",
+]  # fmt: skip
+
+RunState = Literal["queued", "running", "finished", "stopped", "paused", "failed"]
+
+RoundState = Literal["planned", "closed", "held", "committed", "abandoned"]
+
+
+class View(BaseModel):
+    """Base: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Daemon(View):
+    """The daemon itself."""
+
+    federation: str
+    version: str
+    address: str
+    dashboard: str
+    home: str
+    compute: Literal["starting", "ready", "failed"]
+    compute_detail: str = ""
+    started: float
+    sites: int
+    attached: int
+    queued: int
+    running: str | None = None
+
+
+class Site(View):
+    """One site."""
+
+    name: str
+    state: SiteState
+    since: float | None = None
+    certificate_expires: float | None = None
+    version: str = ""
+    device: str = ""
+    tasks: dict[str, str] = {}
+    packages: dict[str, str] = {}
+    invited: bool = False
+
+
+class SitePhase(View):
+    """A stretch of one site's time in a round."""
+
+    state: WorkState
+    start: float
+    end: float | None = None
+
+
+class SiteWork(View):
+    """One site in one round: the row of the round's table and of its timeline.
+
+    Attributes:
+        reason: What went wrong, where, what to do; with the error's class in ``error``.
+        phases: The timeline, oldest first.
+        done: Of ``planned``, in ``unit``.
+        scores: Scores of the candidate at this site, by name.
+    """
+
+    site: str
+    state: WorkState
+    error: str = ""
+    reason: str = ""
+    phases: tuple[SitePhase, ...] = ()
+    done: float | None = None
+    planned: float | None = None
+    unit: str = ""
+    loss: float | None = None
+    learning_rate: float | None = None
+    examples: int | None = None
+    examples_per_s: float | None = None
+    eta_s: float | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    norm: float | None = None
+    weight: float | None = None
+    scores: dict[str, float] = {}
+
+
+class Plugin(View):
+    """What one strategy reports of a round.
+
+    Attributes:
+        state: done, skipped (with the reason), or not asked for in this round.
+        report: Numbers by name.
+    """
+
+    name: str
+    state: Literal["done", "skipped", "held"]
+    reason: str = ""
+    seconds: float | None = None
+    report: dict[str, float] = {}
+
+
+class Reliability(View):
+    """A reliability curve: per bin count, mean confidence, accuracy (None where empty)."""
+
+    count: tuple[float, ...]
+    confidence: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
+
+
+class Round(View):
+    """One round, with its last attempt.
+
+    Attributes:
+        relative_change: ||reduced delta|| / ||base||.
+        scores: Pooled, by name: "val.accuracy", "val.nll", "val.ece", "test.…",
+            "test_calibrated.ece", ….
+        seconds: Wall seconds by phase: waiting, preparing, fetching, training, encoding, sending,
+            reducing, refining, assessing, committing (site phases: mean over the sites).
+        learning_rate: (first, last) inside the round.
+        work: Local work asked for, e.g. {"epochs": 5.0}.
+        calibration: Fitted maps by strategy.
+        missing: Sites that were asked and not counted, with the reason.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    state: RoundState
+    assessed: bool = False
+    started: float
+    closed: float | None = None
+    committed: float | None = None
+    deadline: float | None = None
+    quorum: int
+    base: str = ""
+    model: str = ""
+    work: dict[str, float] = {}
+    learning_rate: tuple[float, float] | None = None
+    relative_change: float | None = None
+    scores: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    wire_bytes: int = 0
+    sites: tuple[SiteWork, ...] = ()
+    plugins: tuple[Plugin, ...] = ()
+    calibration: dict[str, Any] = {}
+    reliability: dict[str, Reliability] = {}
+    missing: dict[str, str] = {}
+    reason: str = ""
+
+
+class Run(View):
+    """One run.
+
+    Attributes:
+        headline: The status line in words.
+        diagnosis: The newest finding in one sentence; empty if there is nothing to say.
+        needs_action: Whether somebody has to act.
+        best: Round with the best validation score so far.
+    """
+
+    id: str
+    name: str
+    state: RunState
+    reason: str = ""
+    headline: str = ""
+    diagnosis: str = ""
+    needs_action: bool = False
+    rounds: int
+    committed: int
+    current: int | None = None
+    best: int | None = None
+    created: float
+    started: float | None = None
+    ended: float | None = None
+    eta_s: float | None = None
+    strategies: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    epsilon: float | None = None
+    scores: dict[str, float] = {}
+    references: dict[str, float] = {}
+    wire_bytes: int = 0
+    config_digest: str = ""
+    config: dict[str, Any] = {}
+    model: str = ""
+
+
+class Event(View):
+    """Something that happened: what ``watch`` prints and the page's stream carries.
+
+    Attributes:
+        number: Ascending; the stream resumes after it.
+        kind: run, round, site, plugin, log: which view in ``data`` is new.
+        data: The new view (Run, Round or Site as JSON), or {} for a log line.
+        text: One line in words.
+        level: info, warning, error.
+    """
+
+    number: int
+    time: float
+    kind: Literal["run", "round", "site", "daemon", "log"]
+    run: str = ""
+    round: int | None = None
+    site: str = ""
+    level: Literal["info", "warning", "error"] = "info"
+    text: str = ""
+    data: dict[str, Any] = {}
+
+
+class Collected(View):
+    """What ``gc`` removed, or would remove."""
+
+    dry_run: bool
+    files: int
+    bytes: int
+    kept: int
+    names: tuple[str, ...] = ()

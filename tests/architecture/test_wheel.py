@@ -55,11 +55,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, with_pip=False, system_site_packages=False, symlinks=True)
     python = home / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "--isolated", "install"]
-        + ["--quiet", "--no-deps", "--no-index", str(wheel)],
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--isolated"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     (site_packages,) = home.glob("lib/python*/site-packages")
     dependencies = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n")

@@ -12,26 +12,33 @@ Order in a stack: hooks run in the order of the run file, ``decode`` in reverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
-from protos.contribution import Merge
 from protos.manifest import Placement, Tile
-from protos.plan import OptimizerChoice, Plan, Schedule, Work
+from protos.plan import Plan
+from strategies.context import (
+    Calibration,
+    Cohort,
+    Draft,
+    Memo,
+    Moment,
+    Refinement,
+    RoundSummary,
+    SidePayload,
+    Step,
+    Tensors,
+    Update,
+)
 from strategies.task import Task
 
-Tensors = Mapping[str, Tensor]
-"""Name to tensor."""
-
-Memo = dict[str, Any]
-"""A strategy's small memory at the orchestrator: JSON, saved with every committed round."""
+__all__ = [
+    "HOOKS", "Calibration", "Cohort", "Draft", "Family", "Memo", "Moment", "Need", "Refinement",
+    "RoundSummary", "SidePayload", "Step", "Strategy", "Tensors", "Update",
+]  # fmt: skip
 
 Need = Literal[
     "labels",  # targets are class indices
@@ -42,6 +49,7 @@ Need = Literal[
     "our training loop",  # the task does not own its loop
     "individual updates",  # sees single contributions: conflicts with secure aggregation
     "val data",  # Task.val_data at the sites
+    "embedding",  # Task.embedding names the layer whose output embeds a sample
     "norms",  # reduction pass 1: norms of the updates
     "gram",  # reduction pass 1: the (n, n) Gram matrix of the updates
 ]
@@ -51,204 +59,6 @@ Family = Literal[
     "distillation", "recipes", "layers", "metric", "trees", "augmentation", "labels",
     "adaptation", "condensation", "compaction", "search", "architectures",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RoundSummary:
-    """What ``plan`` may know of the last committed round.
-
-    Attributes:
-        round: Its number; 0 if there is none.
-        relative_change: ||reduced delta|| / ||base|| over parameters, before outer step and refine.
-        scores: Pooled scores of the assessment by name ("val.accuracy", "test.ece", …).
-        payloads: Merged side payloads, by "strategy/name".
-        sites: The sites that were counted.
-    """
-
-    round: int = 0
-    relative_change: float = float("nan")
-    scores: Mapping[str, float] = field(default_factory=dict)
-    payloads: Tensors = field(default_factory=dict)
-    sites: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A plan in the making, the same for all sites of the cohort; ``plan`` hooks replace fields.
-
-    Attributes:
-        round: The round that is planned, 1, 2, ….
-        rounds: Rounds of the whole run.
-        last: The last committed round.
-        cohort: Sites that will be asked.
-        work: Local work.
-        schedule: Learning rate inside the round.
-        optimizer: Inner optimizer.
-        batch_size: Samples of a step.
-        payload: What strategies give to their site halves, by strategy name (JSON).
-    """
-
-    round: int
-    rounds: int
-    last: RoundSummary
-    cohort: tuple[str, ...]
-    work: Work
-    schedule: Schedule
-    optimizer: OptimizerChoice
-    batch_size: int
-    payload: Mapping[str, Any] = field(default_factory=dict)
-
-    def but(self, **changes: Any) -> Draft:
-        """A copy with some fields replaced."""
-        return replace(self, **changes)
-
-
-@dataclass
-class Step:
-    """One optimizer step at a site, as ``batch``, ``objective``, ``after_step`` see it.
-
-    Attributes:
-        plan: The plan.
-        task: The task.
-        model: The model in training.
-        base: The shared tensors of the base, on the model's device, detached.
-        optimizer: The inner optimizer.
-        index: Number of the step in this round, from 0.
-        total: Planned steps of the round (an estimate where work is in tokens or seconds).
-        epoch: Epoch of the round, from 0.
-        learning_rate: Of this step.
-        generator: Seeded by (run seed, site, round, step); on the CPU.
-        inputs: Inputs of the batch (after ``batch`` hooks).
-        targets: Targets of the batch.
-        outputs: Outputs of the model, once there are any.
-    """
-
-    plan: Plan
-    task: Task
-    model: nn.Module
-    base: Tensors
-    optimizer: Optimizer
-    index: int
-    total: int
-    epoch: int
-    learning_rate: float
-    generator: Generator
-    inputs: Any = None
-    targets: Any = None
-    outputs: Any = None
-    base_model_factory: Callable[[], nn.Module] | None = None
-
-    @cached_property
-    def _base_model(self) -> nn.Module:
-        if self.base_model_factory is None:
-            raise LookupError("this step has no base model")
-        return self.base_model_factory()
-
-    def base_outputs(self) -> Any:
-        """Outputs of the frozen base model (evaluation mode, no gradient) for this batch."""
-        import torch
-
-        with torch.no_grad():
-            return self.task.forward(self._base_model, self.inputs)
-
-
-@dataclass
-class SidePayload:
-    """A named tensor beside the update, with its merge rule."""
-
-    tensor: Tensor
-    merge: Merge = "sum"
-
-
-@dataclass
-class Update:
-    """What a site is about to send.
-
-    Attributes:
-        tensors: By name: for parameters **base - local** in fp32 or wider; for statistics and
-            counters the local value. CPU tensors.
-        examples: Training examples at the site.
-        steps: Optimizer steps made.
-        epochs: Passes over the data made.
-        payloads: Side payloads by "strategy/name".
-        blocks: Set by a wire codec: for each parameter its encoded tiles, in order.
-    """
-
-    tensors: dict[str, Tensor]
-    examples: int
-    steps: int
-    epochs: float
-    payloads: dict[str, SidePayload] = field(default_factory=dict)
-    blocks: dict[str, list[bytes]] | None = None
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The closed set of a round, as ``weigh`` sees it; rows are in site-id order.
-
-    Attributes:
-        sites: Site names, n of them.
-        examples: Training examples, (n,) float64.
-        losses: Mean training loss, (n,) float64, NaN where a site's policy hides it.
-        staleness: Rounds between the contribution's base and this round's, (n,) int64.
-        payloads: Unmerged side payloads with merge rule "keep per site": name to (n, …).
-        groups: Names of the weight groups of the manifest.
-        norms: L2 norms of the updates over parameters, (n,) float64, if needed.
-        gram: Inner products of the updates, (n, n) float64, if needed.
-    """
-
-    sites: tuple[str, ...]
-    examples: Tensor
-    losses: Tensor
-    staleness: Tensor
-    payloads: Tensors = field(default_factory=dict)
-    groups: tuple[str, ...] = ("all",)
-    norms: Tensor | None = None
-    gram: Tensor | None = None
-
-
-@dataclass
-class Refinement:
-    """What ``refine`` gets, in a child process without keys or network.
-
-    Attributes:
-        round: Number of the round.
-        seed: Of the run.
-        task: The orchestrator's own instance of the task.
-        model: A model that holds the candidate.
-        weights: Weight of each site in the average, by site.
-        load_site: Gives one site's full state (base - its update), one site at a time, mapped.
-        payloads: Merged side payloads.
-        device: Where to compute.
-    """
-
-    round: int
-    seed: int
-    task: Task
-    model: nn.Module
-    weights: Mapping[str, float]
-    load_site: Callable[[str], dict[str, Tensor]]
-    payloads: Tensors = field(default_factory=dict)
-    device: str = "cpu"
-    scratch: Path | None = None
-
-    def site_models(self) -> Iterator[tuple[str, float, dict[str, Tensor]]]:
-        """(site, weight, state) of one site after the other."""
-        for site, weight in self.weights.items():
-            yield site, weight, self.load_site(site)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A fitted calibration map: versioned, exported and rolled back with its model.
-
-    Attributes:
-        parameters: JSON; what ``transform`` needs.
-        report: Numbers for ledger, table and page.
-    """
-
-    parameters: Memo
-    report: Mapping[str, float] = field(default_factory=dict)
 
 
 class Strategy(BaseModel):
@@ -261,6 +71,8 @@ class Strategy(BaseModel):
         paper: Authors, title, year, identifier; empty if there is none.
         needs: What it reads or requires; checked at launch.
         wire_codec: Whether it sets ``Update.blocks`` and has ``decode`` (at most one per stack).
+        absolute_weights: The sum of the weights that its ``weigh`` gives means something (a
+            step that is longer or shorter than the mean), so they are used as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -271,6 +83,7 @@ class Strategy(BaseModel):
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
     wire_codec: ClassVar[bool] = False
+    absolute_weights: ClassVar[bool] = False
 
     # -- orchestrator, once ------------------------------------------------------------------
 
@@ -307,7 +120,11 @@ class Strategy(BaseModel):
     def adopt(
         self, base: dict[str, Tensor], state: dict[str, Tensor], plan: Plan
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What of the base is taken. ``base`` holds the shared tensors that will be loaded."""
+        """What of the base is taken. ``base`` holds the shared tensors that will be loaded.
+
+        The dictionary that it gives may also name tensors placed at the site: they replace what
+        the site had stored (a counter is reset, a copy follows the base).
+        """
         return base, state
 
     def batch(self, step: Step) -> None:
@@ -341,7 +158,11 @@ class Strategy(BaseModel):
         raise NotImplementedError
 
     def weigh(self, weights: Tensor, cohort: Cohort) -> Tensor:
-        """(n,) float64 -> (n,) or (n, groups) float64. They need not sum to one: they are normalised."""
+        """(n,) float64 -> (n,) or (n, groups) float64, >= 0.
+
+        They need not sum to one: they are normalised, unless ``absolute_weights``. The first of
+        a stack gets the example counts divided by their sum.
+        """
         return weights
 
     def reduce(self, stack: Tensor, weights: Tensor, tile: Tile) -> Tensor:
@@ -349,9 +170,12 @@ class Strategy(BaseModel):
         raise NotImplementedError
 
     def step(
-        self, delta: Tensor, base: Tensor, state: dict[str, Tensor], tile: Tile
+        self, delta: Tensor, base: Tensor, state: dict[str, Tensor], tile: Tile, moment: Moment
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """*tile*: outer optimizer, noise. Gives what is subtracted from the base, and the next state."""
+        """*tile*: outer optimizer, noise. Gives what is subtracted from the base, and the next state.
+
+        The result has the dtype of ``delta``, and a state the dtype that ``init_state`` gave it.
+        """
         return delta, state
 
     # -- orchestrator, after the reduction -------------------------------------------------------

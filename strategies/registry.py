@@ -16,8 +16,6 @@ from protos.errors import ConfigInvalid, NotFound
 from protos.plan import first_problem
 from strategies.protocol import Strategy
 
-_NOT_METHODS = {"strategies.protocol", "strategies.registry", "strategies.stack", "strategies.task"}
-
 
 @cache
 def catalogue() -> Mapping[str, type[Strategy]]:
@@ -72,8 +70,12 @@ def make(name: str, params: Mapping[str, Any]) -> Strategy:
 
         near = get_close_matches(name, catalogue(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise NotFound(f"strategy: there is no {name}{hint} `farflung strategies` lists them", name=name)
+        raise NotFound(
+            f"strategy: there is no {name}{hint} `farflung strategies` lists them", name=name
+        )
     try:
         return cls.model_validate(dict(params))
     except ValidationError as error:
-        raise ConfigInvalid(f"strategy {name}: {first_problem(error)}", key=f"strategy.{name}") from None
+        raise ConfigInvalid(
+            f"strategy {name}: {first_problem(error)}", key=f"strategy.{name}"
+        ) from None

@@ -36,7 +36,7 @@ def learning_rate(schedule: Schedule, progress: float) -> float:
     lr, floor = schedule.lr, schedule.lr * schedule.decay
     match schedule.shape:
         case "exp":
-            return lr * schedule.decay**u
+            return lr * math.pow(schedule.decay, u)
         case "cosine":
             return floor + (lr - floor) * (1.0 + math.cos(math.pi * u)) / 2.0
         case "triangular":

@@ -1,4 +1,10 @@
-"""A stack: the strategies of a run, in the order of its file, acting as one."""
+"""A stack: the strategies of a run, in the order of its file, acting as one.
+
+Phases: a strategy with ``rounds = [a, b)`` acts in those rounds only. `Stack.plan` looks at them by
+itself; everything else is asked of the stack of the round, ``Stack(stack.active(round))``, which
+carries the state of strategies that it does not hold through unchanged. A strategy that decides the
+manifest (build, placement, groups) can't have a phase: the manifest is one for the whole run.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from protos.errors import ConfigInvalid
+from protos.errors import ComputeFailed, ConfigInvalid
 from protos.manifest import Kind, Manifest, Placement, TensorSpec, Tile
 from protos.plan import Plan, StrategyChoice
-from strategies.protocol import Draft, Memo, Step, Strategy, Update
+from strategies.context import Calibration, Cohort, Draft, Memo, Moment, Step, Tensors, Update
+from strategies.protocol import Strategy
 from strategies.registry import make
 from strategies.task import Task
 
@@ -29,7 +36,8 @@ class Stack:
 
     Raises:
         ConfigInvalid: A name is unknown, a hyperparameter is wrong, a strategy stands twice, or two
-            of them claim what only one may own (reduce, local_step, wire codec).
+            of them claim what only one may own (reduce, local_step, wire codec, calibration map),
+            or one that changes the model has a phase.
     """
 
     def __init__(self, choices: Sequence[StrategyChoice]) -> None:
@@ -42,6 +50,7 @@ class Stack:
         for what, owners in (
             ("reduce", self._owners("reduce")),
             ("local_step", self._owners("local_step")),
+            ("a calibration map", self._owners("calibrate")),
             ("a wire codec", [s.name for s in self.strategies if s.wire_codec]),
         ):
             if len(owners) > 1:
@@ -49,9 +58,21 @@ class Stack:
                     f"strategy: only one may own {what}, but {' and '.join(owners)} do; remove one",
                     key="strategy",
                 )
+        for choice, strategy in zip(self.choices, self.strategies, strict=True):
+            structural = [h for h in ("build", "placement", "groups") if strategy.overrides(h)]
+            if choice.rounds is not None and structural:
+                raise ConfigInvalid(
+                    f"strategy {choice.name}: it decides which tensors the model has "
+                    f"({', '.join(structural)}), so it can't be switched on and off; remove rounds",
+                    key=f"strategy.{choice.name}.rounds",
+                )
 
     def _owners(self, hook: str) -> list[str]:
-        return [s.name for s in self.strategies if s.overrides(hook)]
+        return [s.name for s in self.having(hook)]
+
+    def having(self, hook: str) -> tuple[Strategy, ...]:
+        """The strategies that have a hook of their own, in order."""
+        return tuple(s for s in self.strategies if s.overrides(hook))
 
     def active(self, round: int) -> tuple[StrategyChoice, ...]:
         """The choices whose phase ``rounds = [a, b)`` holds this round."""
@@ -79,9 +100,15 @@ class Stack:
     # -- plan -------------------------------------------------------------------------------
 
     def plan(self, draft: Draft, memos: Mapping[str, Memo]) -> tuple[Draft, dict[str, Memo]]:
-        """All ``plan`` hooks in order; gives the draft and the next memos."""
-        out = {}
+        """The ``plan`` hooks of the strategies that act in the round, in order.
+
+        Gives the draft and the next memos; the memo of a strategy out of its phase stays.
+        """
+        out = dict(memos)
+        acting = {choice.name for choice in self.active(draft.round)}
         for strategy in self.strategies:
+            if strategy.name not in acting:
+                continue
             memo = dict(memos.get(strategy.name) or strategy.init_memo())
             draft, out[strategy.name] = strategy.plan(draft, memo)
         return draft, out
@@ -110,7 +137,7 @@ class Stack:
         self, base: dict[str, Tensor], state: State, plan: Plan
     ) -> tuple[dict[str, Tensor], State]:
         """All ``adopt`` hooks in order."""
-        out: State = {}
+        out: State = dict(state)
         for s in self.strategies:
             base, out[s.name] = s.adopt(base, state.get(s.name, {}), plan)
         return base, out
@@ -128,11 +155,18 @@ class Stack:
 
     def after_step(self, step: Step, state: State) -> State:
         """All ``after_step`` hooks in order."""
-        return {s.name: s.after_step(step, state.get(s.name, {})) for s in self.strategies}
+        own = {s.name: s.after_step(step, state.get(s.name, {})) for s in self.strategies}
+        return {**state, **own}
+
+    def local_step(self, step: Step, state: State) -> tuple[Tensor, State]:
+        """The step of the one strategy that owns it (see ``owner``)."""
+        owner = self.having("local_step")[0]
+        loss, own = owner.local_step(step, state.get(owner.name, {}))
+        return loss, {**state, owner.name: own}
 
     def encode(self, update: Update, plan: Plan, state: State) -> tuple[Update, State]:
         """All ``encode`` hooks in order."""
-        out: State = {}
+        out: State = dict(state)
         for s in self.strategies:
             update, out[s.name] = s.encode(update, plan, state.get(s.name, {}))
         return update, out
@@ -147,16 +181,96 @@ class Stack:
             for key, value in s.init_state(tile).items()
         }
 
+    def decode(self, block: bytes, tile: Tile) -> Tensor:
+        """A tile of a contribution from the bytes of the wire codec, (elements,)."""
+        codec = self.codec
+        if codec is None:
+            raise ConfigInvalid("strategy: this stack has no wire codec", key="strategy")
+        return codec.decode(block, tile)
+
+    def weigh(self, cohort: Cohort) -> Tensor:
+        """All ``weigh`` hooks in order, from the example counts: (n, groups) float64.
+
+        A column sums to one, unless a strategy says ``absolute_weights``, or to zero where no site
+        has anything to say about the group (its tensors then stay as they are).
+
+        Raises:
+            ComputeFailed: A weight is negative or not finite, or their shape is wrong.
+        """
+        n, width = len(cohort.sites), len(cohort.groups)
+        total = cohort.examples.sum()
+        start = cohort.examples / total if total > 0 else torch.full_like(cohort.examples, 1 / n)
+        columns = start.to(torch.float64)[:, None].expand(n, width).clone()
+        for s in self.having("weigh"):
+            given = [s.weigh(columns[:, g].clone(), cohort) for g in range(width)]
+            given = [w[:, g] if w.ndim == 2 else w for g, w in enumerate(given)]
+            if any(w.shape != (n,) or not bool((w >= 0).all() & w.isfinite().all()) for w in given):
+                raise ComputeFailed(
+                    f"strategy {s.name}: weights must be {n} finite numbers >= 0 for each group",
+                    strategy=s.name,
+                )
+            columns = torch.stack(given, dim=1).to(torch.float64)
+        if any(s.absolute_weights for s in self.strategies):
+            return columns
+        sums = columns.sum(dim=0)
+        return columns / torch.where(sums > 0, sums, torch.ones_like(sums))
+
+    def reduce(self, stack: Tensor, weights: Tensor, tile: Tile) -> Tensor:
+        """(n, elements), (n,) -> (elements,): the rule that a strategy owns, or the weighted mean."""
+        owner = self.owner("reduce")
+        return (
+            weighted_mean(stack, weights) if owner is None else owner.reduce(stack, weights, tile)
+        )
+
     def step(
-        self, delta: Tensor, base: Tensor, state: Mapping[str, Tensor], tile: Tile
+        self,
+        delta: Tensor,
+        base: Tensor,
+        state: Mapping[str, Tensor],
+        tile: Tile,
+        moment: Moment,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All ``step`` hooks in order; state keys are "strategy.key"."""
-        out: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = dict(state)
         for s in self.strategies:
             own = {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{s.name}.")}
-            delta, own = s.step(delta, base, own, tile)
+            delta, own = s.step(delta, base, own, tile, moment)
             out.update({f"{s.name}.{k}": v for k, v in own.items()})
         return delta, out
+
+    # -- assess and export --------------------------------------------------------------------------
+
+    def evaluate(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """All ``evaluate`` hooks: sums by "strategy/key"."""
+        return {
+            f"{s.name}/{key}": value
+            for s in self.strategies
+            for key, value in s.evaluate(outputs, targets).items()
+        }
+
+    def calibrate(self, sums: Tensors) -> dict[str, Calibration]:
+        """The calibration map of the one strategy that fits one, by its name; empty for none."""
+        out = {}
+        for s in self.having("calibrate"):
+            prefix = f"{s.name}/"
+            own = {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
+            fitted = s.calibrate(own)
+            if fitted is not None:
+                out[s.name] = fitted
+        return out
+
+    def transform(self, outputs: Tensor, parameters: Mapping[str, Memo]) -> Tensor:
+        """Outputs after the calibration map; ``parameters`` by strategy name."""
+        for s in self.having("transform"):
+            if s.name in parameters:
+                outputs = s.transform(outputs, parameters[s.name])
+        return outputs
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """All ``export`` hooks in order."""
+        for s in self.strategies:
+            model = s.export(model)
+        return model
 
 
 def describe(

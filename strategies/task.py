@@ -33,6 +33,8 @@ class Task:
         Settings: Typed settings of this site (data root). They are never sent.
         features: What a strategy may rely on: "classification" (``forward`` gives logits of
             shape (batch, classes) and targets are class indices), "logits", …
+        embedding: Name of the submodule whose output embeds a sample, (batch, features);
+            empty if there is none.
 
     Args:
         params: Parameters of the run.
@@ -42,6 +44,7 @@ class Task:
     Params: ClassVar[type[Options]] = Options
     Settings: ClassVar[type[Options]] = Options
     features: ClassVar[frozenset[str]] = frozenset({"classification"})
+    embedding: ClassVar[str] = ""
 
     def __init__(self, params: Any = None, settings: Any = None) -> None:
         self.params = params if params is not None else self.Params()
@@ -67,7 +70,10 @@ class Task:
         return None
 
     def proxy_data(self) -> Dataset[Any] | None:
-        """Unlabelled inputs that the orchestrator may use for distillation. None: there are none."""
+        """Unlabelled inputs that the orchestrator may use for distillation. None: there are none.
+
+        A sample is one input, bare or as a tuple of one; ``collate`` joins them.
+        """
         return None
 
     def placement(self) -> Mapping[str, str]:

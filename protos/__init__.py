@@ -1,0 +1,1 @@
+"""The contract between the two ends: messages, manifests, chunks, identities, errors."""

@@ -1,0 +1,23 @@
+"""What needs torch: planning, reduction, assessment, refinement, export.
+
+Pure functions from JSON to JSON (large data as paths of files), run by the compute process in
+Ray's workers, or by its in-process twin. The daemon never imports this package, so that it never
+holds a model, a task's code, or torch.
+"""
+
+FUNCTIONS: dict[str, str] = {
+    "check_stack": "orchestrator.arithmetic.planning:check_stack",
+    "plan_round": "orchestrator.arithmetic.planning:plan_round",
+    "state_manifest": "orchestrator.arithmetic.reduction:state_manifest",
+    "measure_run": "orchestrator.arithmetic.reduction:measure_run",
+    "weigh": "orchestrator.arithmetic.reduction:weigh",
+    "reduce_run": "orchestrator.arithmetic.reduction:reduce_run",
+    "check_blocks": "orchestrator.arithmetic.reduction:check_blocks",
+    "pool": "orchestrator.arithmetic.assessment:pool",
+    "assess": "orchestrator.arithmetic.assessment:assess",
+    "first_model": "orchestrator.arithmetic.models:first_model",
+    "from_safetensors": "orchestrator.arithmetic.models:from_safetensors",
+    "to_safetensors": "orchestrator.arithmetic.models:to_safetensors",
+    "refine": "orchestrator.arithmetic.refining:refine",
+}
+"""What the daemon may ask the compute process to run."""

@@ -1,0 +1,114 @@
+"""Pools what the sites sent as sums, and turns sums into scores and calibration maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.arithmetic.planning import load_payload, stack_of
+from protos.errors import InvalidInput
+from protos.tensors import view_bytes
+from strategies.scores import reliability, scores
+
+SPLITS = ("val", "test", "val_calibrated", "test_calibrated")
+
+
+def _merge(name: str, rule: str, tensors: list[Tensor], examples: list[float]) -> Tensor | None:
+    if rule == "concatenate":
+        return torch.cat(tensors)
+    if any(t.shape != tensors[0].shape for t in tensors):
+        shapes = [list(t.shape) for t in tensors]
+        raise InvalidInput(f"side payload {name}: the sites sent different shapes {shapes}")
+    if rule == "keep per site":
+        return None
+    if rule == "sum":
+        if not tensors[0].dtype.is_floating_point:
+            return torch.stack(tensors).sum(0, dtype=torch.int64)
+        return torch.stack([t.double() for t in tensors]).sum(0)
+    total = sum(examples)
+    weights = [e / total if total else 1 / len(examples) for e in examples]
+    return sum((t.double() * w for t, w in zip(tensors, weights, strict=True)), torch.zeros(()))
+
+
+def pool(args: dict[str, Any]) -> dict[str, Any]:
+    """Merge side payloads over the sites by their rules and write them into one file.
+
+    Args:
+        args: ``sites``: list of {site, examples, payloads: {name: spec with merge}} in site-id
+            order; ``out``: a file.
+
+    Returns:
+        ``payloads``: name to {path, offset, nbytes, dtype, shape, merge}. A payload that only some
+        sites sent is merged over those.
+    """
+    names = sorted({n for row in args["sites"] for n in row["payloads"]})
+    out: dict[str, Any] = {}
+    at = 0
+    with open(args["out"], "wb") as file:  # noqa: PTH123
+        for name in names:
+            rows = [r for r in args["sites"] if name in r["payloads"]]
+            rule = rows[0]["payloads"][name]["merge"]
+            if any(r["payloads"][name]["merge"] != rule for r in rows):
+                raise InvalidInput(f"side payload {name}: the sites disagree on its merge rule")
+            tensors = [load_payload(r["payloads"][name]) for r in rows]
+            merged = _merge(name, rule, tensors, [float(r["examples"]) for r in rows])
+            if merged is None:
+                continue
+            data = view_bytes(merged)
+            file.write(data)
+            out[name] = {
+                "path": args["out"],
+                "offset": at,
+                "nbytes": len(data),
+                "dtype": str(merged.dtype).removeprefix("torch."),
+                "shape": list(merged.shape),
+                "merge": rule,
+            }
+            at += len(data)
+    return {"payloads": out}
+
+
+def _by_split(payloads: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in payloads.items():
+        split, _, key = name.partition("/")
+        if split in SPLITS:
+            out.setdefault(split, {})[key] = tensor
+    return out
+
+
+def assess(args: dict[str, Any]) -> dict[str, Any]:
+    """Scores, reliability curves and calibration maps from the sites' sums.
+
+    Args:
+        args: ``stack`` and ``sites`` as for `pool`.
+
+    Returns:
+        ``scores``: pooled, "split.name"; ``sites``: the same per site; ``reliability``: by split;
+        ``calibration``: fitted parameters by strategy; ``reports``: numbers by strategy.
+    """
+    pooled: dict[str, Tensor] = {}
+    per_site: dict[str, dict[str, float]] = {}
+    for row in args["sites"]:
+        own = {n: load_payload(spec) for n, spec in row["payloads"].items()}
+        per_site[row["site"]] = _flat(own)
+        for name, tensor in own.items():
+            pooled[name] = pooled[name] + tensor.double() if name in pooled else tensor.double()
+    stack = stack_of(args["stack"])
+    maps = stack.calibrate(pooled) if args.get("calibrate", True) else {}
+    return {
+        "scores": _flat(pooled),
+        "sites": per_site,
+        "reliability": {s: reliability(sums) for s, sums in _by_split(pooled).items()},
+        "calibration": {name: m.parameters for name, m in maps.items()},
+        "reports": {name: dict(m.report) for name, m in maps.items()},
+    }
+
+
+def _flat(payloads: dict[str, Tensor]) -> dict[str, float]:
+    out = {}
+    for split, sums in _by_split(payloads).items():
+        out.update({f"{split}.{name}": value for name, value in scores(sums).items()})
+    return out

@@ -1,0 +1,84 @@
+"""Checks a stack at launch, and runs the strategies' ``plan`` hooks before a round."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from protos.plan import OptimizerChoice, Schedule, StrategyChoice, Work
+from protos.tensors import from_bytes
+from strategies.protocol import Draft, RoundSummary
+from strategies.stack import Stack
+
+
+def stack_of(choices: list[dict[str, Any]]) -> Stack:
+    """The stack of some choices in JSON."""
+    return Stack([StrategyChoice.model_validate(c) for c in choices])
+
+
+def check_stack(args: dict[str, Any]) -> dict[str, Any]:
+    """What a stack needs and which hooks it has; raises what is wrong with it.
+
+    Args:
+        args: ``stack``: the choices.
+    """
+    stack = stack_of(args["stack"])
+    return {
+        "needs": sorted(stack.needs),
+        "hooks": {s.name: list(s.hooks()) for s in stack.strategies},
+        "fields": {s.name: s.model_dump(mode="json") for s in stack.strategies},
+        "codec": stack.codec.name if stack.codec else "",
+    }
+
+
+def plan_round(args: dict[str, Any]) -> dict[str, Any]:
+    """The draft of a round after all ``plan`` hooks, the active stack, and the next memos.
+
+    Args:
+        args: ``stack``, ``memos``, ``draft`` (fields of `Draft`, ``last`` among them) and
+            ``payloads`` (name to {path, offset, nbytes, dtype, shape}).
+    """
+    stack = stack_of(args["stack"])
+    raw = args["draft"]
+    last = raw["last"]
+    change = last["relative_change"]
+    summary = RoundSummary(
+        round=last["round"],
+        relative_change=math.nan if change is None else change,
+        scores=last["scores"],
+        payloads={name: load_payload(spec) for name, spec in args.get("payloads", {}).items()},
+        sites=tuple(last["sites"]),
+    )
+    draft = Draft(
+        round=raw["round"],
+        rounds=raw["rounds"],
+        last=summary,
+        cohort=tuple(raw["cohort"]),
+        work=Work.model_validate(raw["work"]),
+        schedule=Schedule.model_validate(raw["schedule"]),
+        optimizer=OptimizerChoice.model_validate(raw["optimizer"]),
+        batch_size=raw["batch_size"],
+        payload=dict(raw["payload"]),
+    )
+    active = Stack(stack.active(draft.round))
+    memos = args["memos"]
+    draft, changed = active.plan(draft, memos)
+    return {
+        "stack": [c.model_dump(mode="json") for c in active.choices],
+        "cohort": list(draft.cohort),
+        "work": draft.work.model_dump(mode="json"),
+        "schedule": draft.schedule.model_dump(mode="json"),
+        "optimizer": draft.optimizer.model_dump(mode="json"),
+        "batch_size": draft.batch_size,
+        "payload": dict(draft.payload),
+        "memos": {**memos, **changed},
+    }
+
+
+def load_payload(spec: dict[str, Any]) -> Any:
+    """A side payload as a tensor, from where it lies in a file."""
+    with Path(spec["path"]).open("rb") as file:
+        file.seek(spec["offset"])
+        data = file.read(spec["nbytes"])
+    return from_bytes(data, spec["dtype"], tuple(spec["shape"]))

@@ -1,0 +1,99 @@
+"""Runs one strategy's ``refine`` on the candidate: in a process without keys or network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.arithmetic.models import build, load_part, state_of, write_parts
+from orchestrator.arithmetic.planning import load_payload
+from orchestrator.arithmetic.reduction import Source
+from protos.contribution import Header
+from protos.errors import ComputeFailed
+from protos.manifest import Manifest
+from protos.tensors import DTYPES, map_file
+from strategies.context import Refinement
+from strategies.stack import Stack
+
+
+def refine(args: dict[str, Any]) -> dict[str, Any]:
+    """The candidate after one strategy's ``refine``.
+
+    Args:
+        args: As for `models.build`, and ``strategy`` (name), ``round``, ``parts`` (place to
+            {manifest, path}), ``base`` (path of the shared part of the round's base), ``covered``,
+            ``sources`` (as in a reduction's job, ``weights`` of one group), ``payloads``, ``memo``,
+            ``out`` (folder), ``device``.
+
+    Returns:
+        ``parts`` as of `models.first_model`, ``report`` (numbers), ``memo``.
+
+    Raises:
+        ComputeFailed: The refined model holds NaN or infinity, naming the tensor.
+    """
+    task, stack, model, _ = build(args)
+    manifests = {}
+    for place, part in args["parts"].items():
+        manifests[place] = Manifest.decode(Path(part["manifest"]).read_bytes())
+        load_part(model, Path(part["path"]), manifests[place])
+    shared = manifests["shared"]
+    covered = shared.covering(args["covered"])
+    base = map_file(Path(args["base"]), shared)
+    sources = {row["site"]: row for row in args["sources"]}
+
+    def load_site(site: str) -> dict[str, Tensor]:
+        return _site_state(sources[site], shared, covered, base, stack)
+
+    strategy = next(s for s in stack.strategies if s.name == args["strategy"])
+    memo = dict(args["memo"])
+    refinement = Refinement(
+        round=args["round"],
+        seed=args["seed"],
+        task=task,
+        model=model,
+        weights={site: row["weights"][0] for site, row in sources.items()},
+        load_site=load_site,
+        payloads={name: load_payload(spec) for name, spec in args["payloads"].items()},
+        device=args["device"],
+        scratch=Path(args["out"]),
+        memo=memo,
+    )
+    report = strategy.refine(refinement)
+    tensors = {k: v.cpu() for k, v in state_of(refinement.model).items()}
+    for spec in shared:
+        if spec.kind != "counter" and not bool(torch.isfinite(tensors[spec.name]).all()):
+            raise ComputeFailed(
+                f"strategy {strategy.name}: tensor {spec.name} is not finite after refine",
+                tensor=spec.name,
+            )
+    whole = Manifest(tuple(t for m in manifests.values() for t in m))
+    parts = write_parts(Path(args["out"]), whole, tensors)
+    return {"parts": parts, "report": report, "memo": json.loads(json.dumps(refinement.memo))}
+
+
+def _site_state(
+    row: dict[str, Any], shared: Manifest, covered: Manifest, base: dict[str, Tensor], stack: Stack
+) -> dict[str, Tensor]:
+    header = Header.decode(Path(row["header"]).read_bytes())
+    spans = dict(enumerate(header.block_spans(covered)))
+    fd = os.open(row["payload"], os.O_RDONLY)
+    try:
+        source = Source(row["site"], fd, spans, header.codec, [])
+        pieces: dict[str, list[Tensor]] = {}
+        for tile in covered.tiles:
+            pieces.setdefault(tile.spec.name, []).append(source.read(tile, stack))
+    finally:
+        os.close(fd)
+    out = {name: tensor.clone() for name, tensor in base.items() if name not in pieces}
+    for name, parts in pieces.items():
+        spec = shared[name]
+        flat = torch.cat(parts)
+        if spec.kind == "parameter":
+            flat = base[name].flatten().to(flat.dtype) - flat
+        out[name] = flat.to(DTYPES[spec.dtype]).view(spec.shape)
+    return out

@@ -1,0 +1,136 @@
+"""When does a round close? A pure state machine: events in, decisions out, no clock, no socket.
+
+A site is *open* until it has an answer: counted, or failed (its contribution was refused, its
+trainer died, its policy said no). The exchange closes when every site has an answer; or when the
+quorum is counted and every open site has been gone longer than the grace; or at the deadline. It is
+given up as soon as the quorum can't be reached any more, or at the deadline below it. A quorum of
+all sites therefore waits for the deadline for a site that is gone, since it may come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Status = Literal["open", "counted", "failed"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site of the cohort in this exchange.
+
+    Attributes:
+        status: open, counted or failed.
+        gone_since: When its stream broke; None while it is attached.
+        reason: Why it failed.
+    """
+
+    status: Status = "open"
+    gone_since: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from the events so far.
+
+    Attributes:
+        kind: wait, close or abandon.
+        reason: In words.
+        wake_at: For wait: when to look again, even if nothing happens.
+    """
+
+    kind: Literal["wait", "close", "abandon"]
+    reason: str = ""
+    wake_at: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """The exchange of one attempt.
+
+    Attributes:
+        quorum: How many sites must be counted.
+        deadline: When it ends, on the caller's clock.
+        grace: Seconds that a closed quorum waits for a site that is gone.
+        members: The cohort.
+    """
+
+    quorum: int
+    deadline: float
+    grace: float
+    members: Mapping[str, Member] = field(default_factory=dict)
+
+    # -- events -------------------------------------------------------------------------------
+
+    def counted(self, site: str) -> Gathering:
+        """A contribution of the site is durable. It stays counted whatever comes later."""
+        return self._with(site, status="counted", reason="")
+
+    def failed(self, site: str, reason: str) -> Gathering:
+        """The site answered that there will be no contribution, or it was refused."""
+        if self._member(site).status == "counted":
+            return self
+        return self._with(site, status="failed", reason=reason)
+
+    def gone(self, site: str, now: float) -> Gathering:
+        """The site's stream broke or its heartbeat lapsed."""
+        if self._member(site).gone_since is not None:
+            return self
+        return self._with(site, gone_since=now)
+
+    def back(self, site: str) -> Gathering:
+        """The site is attached again."""
+        return self._with(site, gone_since=None)
+
+    def _member(self, site: str) -> Member:
+        return self.members.get(site, Member())
+
+    def _with(self, site: str, **changes: object) -> Gathering:
+        if site not in self.members:
+            return self  # a site that isn't in the cohort changes nothing
+        member = replace(self.members[site], **changes)  # type: ignore[arg-type]
+        return replace(self, members={**self.members, site: member})
+
+    # -- what follows -----------------------------------------------------------------------------
+
+    @property
+    def counted_sites(self) -> tuple[str, ...]:
+        """Sites that are counted, by name."""
+        return tuple(sorted(s for s, m in self.members.items() if m.status == "counted"))
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Sites that are not counted, with the reason as far as it is known."""
+        out = {}
+        for site, member in sorted(self.members.items()):
+            if member.status == "failed":
+                out[site] = member.reason
+            elif member.status == "open":
+                out[site] = "gone" if member.gone_since is not None else "did not answer in time"
+        return out
+
+    def decide(self, now: float) -> Decision:
+        """What to do now."""
+        counted = len(self.counted_sites)
+        still_open = [m for m in self.members.values() if m.status == "open"]
+        if not still_open and counted >= self.quorum:
+            return Decision("close", "every site answered")
+        if counted + len(still_open) < self.quorum:
+            return Decision("abandon", self._shortfall(counted, "can't be reached any more"))
+        if now >= self.deadline:
+            if counted >= self.quorum:
+                return Decision("close", "the deadline passed")
+            return Decision("abandon", self._shortfall(counted, "was not there at the deadline"))
+        wake = self.deadline
+        if counted >= self.quorum and all(m.gone_since is not None for m in still_open):
+            ready = max(m.gone_since or 0.0 for m in still_open) + self.grace
+            if now >= ready:
+                return Decision("close", "the quorum is counted and the others are gone")
+            wake = min(wake, ready)
+        return Decision("wait", "", wake)
+
+    def _shortfall(self, counted: int, what: str) -> str:
+        missing = "; ".join(f"{site}: {reason}" for site, reason in self.missing.items())
+        return f"the quorum of {self.quorum} {what} ({counted} counted; missing {missing})"

@@ -1,0 +1,6 @@
+"""Where the bytes are: models, contributions, states and small documents, named by their digests."""
+
+from orchestrator.store.space import Reservation
+from orchestrator.store.store import Store
+
+__all__ = ["Reservation", "Store"]

@@ -17,7 +17,6 @@ so that any two models of a run are scored on the same pictures.
 
 from __future__ import annotations
 
-import sys
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,17 +24,6 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
-
-from farflung import Options, Task
-
-# However this file is loaded, the package beside it can be imported, as from any script.
-if (_here := str(Path(__file__).resolve().parent)) not in sys.path:
-    sys.path.append(_here)
-
 from example_data import split
 from example_data.pictures import (
     CLASSES,
@@ -45,6 +33,12 @@ from example_data.pictures import (
     digits,
     fashion_mnist,
 )
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from farflung import Options, Task
 
 Width = Annotated[int, Field(ge=1, le=8192)]
 

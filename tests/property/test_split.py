@@ -103,3 +103,13 @@ def test_shares_follow_the_dirichlet_distribution(alpha, parts):
     # Six standard errors of the mean; 15 % of the variance is about as much of its own.
     assert shares.mean(axis=0) == pytest.approx(1 / parts, abs=6 * (variance / 4000) ** 0.5)
     assert shares.var(axis=0) == pytest.approx(variance, rel=0.15)
+
+
+def test_amounts_are_rounded_up_where_most_is_lost():
+    for amounts, counts in (
+        ([0.2, 1.2, 1.6], [0, 1, 2]),
+        ([2.5, 0.1, 0.4], [3, 0, 0]),
+        ([1.4, 1.3, 1.3], [2, 1, 1]),
+        ([3.0, 0.0, 0.0], [3, 0, 0]),
+    ):
+        assert split._whole(np.array(amounts)).tolist() == counts

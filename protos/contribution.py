@@ -4,6 +4,10 @@ The payload is one artefact (`protos.manifest.Index`): the encoded tiles of the 
 the manifest's order, without padding, then the side payloads. The header says how long each part is,
 so that a reducer reads any tile of any site with one range read. The site signs the header's bytes
 as they are carried, and the ledger keeps them.
+
+A contribution of the kind init carries a whole model instead of tiles: the artefact of its manifest,
+in the tensors' own dtypes and with their padding, and the manifest itself among the side payloads
+("init/manifest"; "init/frozen" and "init/frozen_manifest" if a part is frozen).
 """
 
 from __future__ import annotations
@@ -116,6 +120,13 @@ class Header(Frozen):
         """
         if self.kind in ("assess", "reassess"):
             return []
+        if self.kind == "init":
+            starts = [
+                manifest.offsets[t.tensor] + t.start * DTYPE_BYTES[t.spec.dtype]
+                for t in manifest.tiles
+            ]
+            sizes = [t.elements * DTYPE_BYTES[t.spec.dtype] for t in manifest.tiles]
+            return [(a, a + size) for a, size in zip(starts, sizes, strict=True)]
         sizes = list(self.blocks) if self.codec else [t.wire_nbytes for t in manifest.tiles]
         if len(sizes) != len(manifest.tiles):
             raise ManifestInvalid(
@@ -131,8 +142,17 @@ class Header(Frozen):
 
     def payload_spans(self, manifest: Manifest) -> dict[str, tuple[int, int]]:
         """Where each side payload lies in the payload artefact."""
-        spans = self.block_spans(manifest)
-        at = spans[-1][1] if spans else 0
+        return self.tail_spans(self.expected_nbytes(manifest))
+
+    def tail_spans(self, nbytes: int) -> dict[str, tuple[int, int]]:
+        """Where each side payload lies in a payload artefact of that size: they are its end.
+
+        Raises:
+            ManifestInvalid: They are longer than that.
+        """
+        at = nbytes - sum(p.nbytes for p in self.payloads)
+        if at < 0:
+            raise ManifestInvalid(f"site {self.site}: the side payloads exceed {nbytes} bytes")
         out = {}
         for spec in self.payloads:
             out[spec.name] = (at, at + spec.nbytes)
@@ -141,8 +161,11 @@ class Header(Frozen):
 
     def expected_nbytes(self, manifest: Manifest) -> int:
         """Size of the payload artefact that this header describes."""
+        sides = sum(p.nbytes for p in self.payloads)
+        if self.kind == "init":
+            return manifest.nbytes + sides
         spans = self.block_spans(manifest)
-        return (spans[-1][1] if spans else 0) + sum(p.nbytes for p in self.payloads)
+        return (spans[-1][1] if spans else 0) + sides
 
     @classmethod
     def decode(cls, data: bytes) -> Header:

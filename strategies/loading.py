@@ -41,7 +41,9 @@ def load_task(
     try:
         typed = cls.Params.model_validate(dict(params))
     except ValidationError as error:
-        raise ConfigInvalid(f"task {name}: params.{first_problem(error)}", key="task.params") from None
+        raise ConfigInvalid(
+            f"task {name}: params.{first_problem(error)}", key="task.params"
+        ) from None
     try:
         own = cls.Settings.model_validate(dict(settings))
     except ValidationError as error:
@@ -97,5 +99,7 @@ def _task_class(name: str, source: str, folder: Path) -> type[Task]:
         module = importlib.import_module(where)
     cls = getattr(module, attribute, None)
     if not isinstance(cls, type) or not issubclass(cls, Task):
-        raise ConfigInvalid(f"{key}: {attribute} in {where} is not a subclass of farflung.Task", key=key)
+        raise ConfigInvalid(
+            f"{key}: {attribute} in {where} is not a subclass of farflung.Task", key=key
+        )
     return cls

@@ -13,7 +13,7 @@ Order in a stack: hooks run in the order of the run file, ``decode`` in reverse.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class Strategy(BaseModel):
         summary: One line.
         paper: Authors, title, year, identifier; empty if there is none.
         needs: What it reads or requires; checked at launch.
+        degenerate: Hyperparameters with which it changes nothing, to the bit, so that it equals
+            the stack without it.
         wire_codec: Whether it sets ``Update.blocks`` and has ``decode`` (at most one per stack).
         absolute_weights: The sum of the weights that its ``weigh`` gives means something (a
             step that is longer or shorter than the mean), so they are used as they are.
@@ -82,6 +84,7 @@ class Strategy(BaseModel):
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    degenerate: ClassVar[Mapping[str, Any] | None] = None
     wire_codec: ClassVar[bool] = False
     absolute_weights: ClassVar[bool] = False
 

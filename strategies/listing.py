@@ -1,0 +1,97 @@
+"""What ``farflung strategies`` and the generated pages say about a strategy, as JSON."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from strategies.protocol import Strategy
+from strategies.registry import catalogue
+from strategies.row import Row
+
+_COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def describe(cls: type[Strategy]) -> dict[str, Any]:
+    """Everything that can be said about a strategy without running it.
+
+    Returns:
+        JSON: name, summary, family, paper, hooks, needs, fields (name, type, default,
+        constraints, doc), degenerate (the hyperparameters that switch it off, or None), check (its
+        row: number, claim, control, data, reproduced; or None), doc.
+    """
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    about = _attributes(doc)
+    row = getattr(sys.modules[cls.__module__], "ROW", None)
+    check = None
+    if isinstance(row, Row) and row.method == cls.name:
+        check = {
+            "row": row.number,
+            "claim": row.claim,
+            "control": row.control,
+            "data": row.data,
+            "reproduced": row.reproduced,
+        }
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "family": cls.family,
+        "paper": cls.paper,
+        "hooks": list(cls.hooks()),
+        "needs": sorted(cls.needs),
+        "fields": [
+            {
+                "name": name,
+                "type": _type(field.annotation),
+                "default": None if field.default is PydanticUndefined else field.default,
+                "constraints": _constraints(field.metadata),
+                "doc": about.get(name, ""),
+            }
+            for name, field in cls.model_fields.items()
+        ],
+        "degenerate": None if cls.degenerate is None else dict(cls.degenerate),
+        "check": check,
+        "doc": doc,
+    }
+
+
+def listing() -> list[dict[str, Any]]:
+    """`describe` of every strategy in the catalogue, sorted by name."""
+    return [describe(cls) for cls in catalogue().values()]
+
+
+def _type(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _constraints(metadata: list[Any]) -> str:
+    parts = []
+    for rule in metadata:
+        for name, sign in _COMPARISONS:
+            value = getattr(rule, name, None)
+            if value is not None:
+                parts.append(f"{sign} {value:g}")
+    return ", ".join(parts)
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """The entries of the docstring's section "Attributes:", each on one line."""
+    _, _, section = doc.partition("\nAttributes:\n")
+    out: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        entry = re.match(r" {4}(\w+): (.*)", line)
+        if entry:
+            name = entry[1]
+            out[name] = entry[2]
+        elif name and line.strip():
+            out[name] += " " + line.strip()
+    return out

@@ -17,7 +17,7 @@ import grpc
 from pydantic import ValidationError
 
 from orchestrator import views
-from orchestrator.operator_socket import OperatorSocket
+from orchestrator.operator_socket import FOLDER, OperatorSocket
 from protos.errors import Conflict, InvalidInput, Unavailable
 from protos.plan import first_problem
 from protos.rpc import from_rpc_error
@@ -73,9 +73,9 @@ class OperatorClient:
 
     def __init__(self, home: Path) -> None:
         self.home = home.absolute()
-        if not self.home.is_dir():
+        if not (self.home / FOLDER).is_dir():
             raise Unavailable(
-                f"there is no home folder {self.home}; make one with `farflung init`",
+                f"there is no home in {self.home}; make one with `farflung init`",
                 home=str(self.home),
             )
         self._socket = OperatorSocket(self.home)

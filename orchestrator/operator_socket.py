@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+SOCKET_FOLDER = "run"
+"""Of its own and private, so that it can be hidden from Ray and plug-ins as a whole."""
+FOLDER = "run"
 SOCKET_NAME = "operator.sock"
 LONGEST_PATH = 100
 """`sockaddr_un` holds 108 bytes with the closing zero; the kernel refuses longer paths."""
@@ -17,13 +20,16 @@ class OperatorSocket:
     A home deep down in a tree has a path that does not fit into a socket address. It is then
     reached through an open descriptor of the folder, ``/proc/self/fd/N``, which always fits.
 
+    Args:
+        home: The home folder; its folder ``run`` must be there.
+
     Attributes:
         path: The socket's file.
         target: What gRPC binds or dials.
     """
 
     def __init__(self, home: Path) -> None:
-        self.path = home.absolute() / SOCKET_NAME
+        self.path = home.absolute() / SOCKET_FOLDER / SOCKET_NAME
         self._folder: int | None = None
         if len(os.fsencode(self.path)) <= LONGEST_PATH:
             self.target = f"unix:{self.path}"

@@ -132,7 +132,7 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
 
 @contextmanager
 def fake_daemon(home: Path) -> Iterator[FakeOperator]:
-    home.mkdir(parents=True, exist_ok=True)
+    (home / "run").mkdir(parents=True, exist_ok=True)
     operator = FakeOperator()
     server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=[ErrorInterceptor()])
     operator_pb2_grpc.add_OperatorServicer_to_server(operator, server)

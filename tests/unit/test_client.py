@@ -96,6 +96,7 @@ def test_export_writes_nowhere_else(
 
 
 def test_no_daemon_says_how_to_start_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     with OperatorClient(tmp_path) as client, pytest.raises(Unavailable, match="farflung serve"):
         client.status()
     with OperatorClient(tmp_path) as client, pytest.raises(Unavailable, match="farflung serve"):
@@ -113,4 +114,4 @@ def test_a_home_deep_down_is_reached_too(tmp_path: Path) -> None:
 
 def test_the_socket_has_its_name(tmp_path: Path) -> None:
     with OperatorSocket(tmp_path) as socket:
-        assert socket.path == tmp_path / "operator.sock"
+        assert socket.path == tmp_path / "run" / "operator.sock"

@@ -1,0 +1,117 @@
+"""`farflung strategies`: the catalogue of methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.options import Json
+from orchestrator.cli.output import print_json, say
+
+if TYPE_CHECKING:
+    from strategies.protocol import Strategy
+
+
+def complete_strategy(incomplete: str) -> list[str]:
+    """Names of strategies, read off the folders: importing them all would take too long."""
+    from pathlib import Path
+
+    import strategies as package
+
+    folder = Path(next(iter(package.__path__)))
+    names = {file.stem for file in folder.glob("*/*.py")} - {"__init__"}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def strategies(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="One strategy in full; all if empty.",
+            autocompletion=complete_strategy,
+            show_default=False,
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """List the methods that a run file may name, or explain one with its hyperparameters.
+
+    Example: `farflung strategies co_learning`
+    """
+    from protos.errors import NotFound
+    from strategies.registry import catalogue
+
+    known = catalogue()
+    if name and name not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise NotFound(f"strategy: there is no {name}{hint}", name=name)
+    if name:
+        facts = facts_of(known[name])
+        if as_json:
+            print_json(facts)
+        else:
+            _explain(facts)
+        return
+    rows = [facts_of(cls) for cls in known.values()]
+    if as_json:
+        print_json({"strategies": rows})
+    else:
+        _list(rows)
+
+
+def facts_of(cls: type[Strategy]) -> dict[str, Any]:
+    """Everything that a strategy says about itself, as JSON."""
+    from inspect import cleandoc
+
+    schema = cls.model_json_schema()
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "family": cls.family,
+        "hooks": list(cls.hooks()),
+        "needs": sorted(cls.needs),
+        "paper": cls.paper,
+        "wire_codec": cls.wire_codec,
+        "from": cls.__module__,
+        "parameters": {
+            key: {k: v for k, v in entry.items() if k != "title"}
+            for key, entry in schema.get("properties", {}).items()
+        },
+        "text": cleandoc(cls.__doc__ or ""),
+    }
+
+
+def _list(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("name", "what it does", "family", "hooks", "needs"):
+        table.add_column(title, overflow="fold", no_wrap=title == "name")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["summary"],
+            row["family"],
+            " ".join(row["hooks"]),
+            ", ".join(row["needs"]) or "–",
+        )
+    say(table)
+
+
+def _explain(facts: dict[str, Any]) -> None:
+    say(f"{facts['name']}  ({facts['family']})", "", facts["text"], "")
+    for title in ("paper", "hooks", "needs"):
+        value = facts[title]
+        if value:
+            say(f"{title}: {value if isinstance(value, str) else ', '.join(value)}")
+    say("", "in a run file:", "[[strategy]]", f'name = "{facts["name"]}"')
+    from orchestrator.toml_text import literal
+
+    for key, entry in facts["parameters"].items():
+        if entry.get("default") is not None:
+            say(f"{key} = {literal(entry['default'])}")

@@ -1,0 +1,65 @@
+"""`farflung demo` and `farflung bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Json
+
+bench = typer.Typer(
+    help="Measure this system with real processes, beside what the machine can do at best.",
+    no_args_is_help=True,
+)
+
+
+@bench.callback()
+def _bench() -> None: ...
+
+
+def demo(
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave daemon, sites and page running at the end.")
+    ] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of each run.")] = 5,
+    home: Annotated[
+        Path | None,
+        typer.Option("--home", help="Folder for everything; a new one if empty.", file_okay=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one model across three data centers on this machine, and compare.
+
+    Example: `farflung demo --keep`
+    """
+    from orchestrator.demo import run_demo
+
+    raise typer.Exit(run_demo(home, rounds=rounds, keep=keep, as_json=as_json))
+
+
+@bench.command()
+def exchange(
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Site agents.")] = 4,
+    model_mb: Annotated[
+        float, typer.Option("--model-mb", min=0.01, help="Size of the model, 10^6 bytes.")
+    ] = 100.0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=2, help="Rounds; the first is not counted.")
+    ] = 5,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure the exchange: weights down to all sites and up again, nothing is trained.
+
+    Real processes over mutual TLS on loopback, with spool, outbox, base cache, fsync and
+    signatures; and the same bytes over bare gRPC with TLS as the floor.
+
+    Example: `farflung bench exchange --sites 4 --model-mb 100 --rounds 5 --json exchange.json`
+    """
+    from orchestrator.bench.exchange import run_exchange
+
+    run_exchange(sites, round(model_mb * 1e6), rounds, json_file)

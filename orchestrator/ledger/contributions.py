@@ -1,38 +1,33 @@
-"""Plans and contributions in the ledger: what was asked, what came, what counts, exactly once."""
+"""Contributions in the ledger: what came, and what of it counts, exactly once."""
 
 from __future__ import annotations
 
-from orchestrator.ledger.database import Database
-from orchestrator.ledger.rows import Acceptance, Answer, ContributionRow, PlanKind, PlanRow
+import json
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.ledger import chain, tables
+from orchestrator.ledger.plans import (
+    Plans,
+    find_plan,
+    is_open,
+    lock_exchange,
+    no_plan,
+    of_attempt,
+    select_plans,
+    set_answer,
+)
+from orchestrator.ledger.rows import Acceptance, ContributionRow, PlanKind, PlanRow
+from orchestrator.ledger.runs import find
+from protos.errors import NotFound
+
+CONTRIBUTIONS, PLANS, ROUNDS = tables.contributions, tables.plans, tables.rounds
 
 
-class Contributions(Database):
+class Contributions(Plans):
     """The part of the ledger that says which work counts."""
-
-    def plan(self, plan_id: str, site: str) -> PlanRow | None:
-        """A site's plan; None if there is none of that id for it."""
-        raise NotImplementedError
-
-    def plans(self, run: str, round: int, attempt: int) -> list[PlanRow]:
-        """All plans of an attempt with their answers, by kind and site."""
-        raise NotImplementedError
-
-    def open_plans(self, site: str) -> list[PlanRow]:
-        """What a site still has to do: plans of open exchanges without an answer, oldest first."""
-        raise NotImplementedError
-
-    def answer_plan(
-        self, plan_id: str, site: str, answer: Answer, error: str = "", message: str = ""
-    ) -> PlanRow:
-        """Record how a plan ended other than with a contribution. The first answer stays.
-
-        Gives the row afterwards, so that the caller sees which answer stands.
-
-        Raises:
-            NotFound: There is no such plan.
-            InvalidInput: ``counted``, which only `accept` may say.
-        """
-        raise NotImplementedError
 
     def accept(self, row: ContributionRow) -> Acceptance:
         """Count a contribution whose bytes are in the store, or say that it is too late.
@@ -45,20 +40,63 @@ class Contributions(Database):
         Raises:
             NotFound: The site has no such plan.
         """
-        raise NotImplementedError
+        now = self._clock()
+        with self._writing() as db:
+            known = _find(db, row.digest)
+            if known is not None:
+                return _again(db, known, row.site)
+            plan = find_plan(db, row.plan_id, row.site)
+            if plan is None:
+                raise no_plan(row.plan_id, row.site)
+            if plan.work_digest != row.work_digest:
+                return _refused(plan, f"plan {plan.id} asks for other work")
+            target = _open_target(db, plan)
+            if target is None:
+                if plan.answer in ("counted", "refused"):
+                    return _refused(plan, f"plan {plan.id} has its answer: {plan.answer}")
+                _insert(db, plan, row, "late")
+                set_answer(db, plan, "late", now)
+                return Acceptance("late", plan.id, _late(plan.id))
+            if target.answer in ("counted", "refused", "late"):
+                return _refused(target, f"plan {target.id} has its answer: {target.answer}")
+            _insert(db, plan, row, "counted")
+            set_answer(db, target, "counted", now, contribution=row.digest)
+            chain.append(
+                db, plan.run, "accepted", now, {"contribution": row.digest, "plan": target.id}
+            )
+            return Acceptance("counted", target.id)
 
     def carry_over(self, run: str, round: int, attempt: int) -> list[ContributionRow]:
         """Count finished work of abandoned attempts for the plans that ask for it again.
 
         Gives the contributions that count now and did not before, by site.
         """
-        raise NotImplementedError
+        now = self._clock()
+        carried = []
+        with self._writing() as db:
+            attempts = of_attempt(PLANS, run, round, attempt)
+            for plan in select_plans(db, attempts, is_open(), PLANS.c.answer == ""):
+                if not lock_exchange(db, run, round, attempt, plan.kind):
+                    continue
+                done = _finished(db, plan)
+                if done is not None:
+                    set_answer(db, plan, "counted", now, contribution=done.digest)
+                    document = {"contribution": done.digest, "plan": plan.id}
+                    chain.append(db, run, "carried", now, document)
+                    carried.append(done)
+        return sorted(carried, key=lambda row: row.site)
 
     def contributions(
         self, run: str, round: int, attempt: int, kind: PlanKind | None = None
     ) -> list[ContributionRow]:
         """The contributions that count for an attempt, by site; carried ones included."""
-        raise NotImplementedError
+        where = of_attempt(PLANS, run, round, attempt)
+        if kind is not None:
+            where &= PLANS.c.kind == kind
+        query = sa.select(CONTRIBUTIONS).join(PLANS, PLANS.c.contribution == CONTRIBUTIONS.c.digest)
+        with self._reading() as db:
+            rows = [ContributionRow(*row) for row in db.execute(query.where(where))]
+        return sorted(rows, key=lambda row: (row.kind, row.site))
 
     def contribution(self, digest: str) -> ContributionRow:
         """One contribution, counted or late.
@@ -66,7 +104,11 @@ class Contributions(Database):
         Raises:
             NotFound: There is none of that digest.
         """
-        raise NotImplementedError
+        with self._reading() as db:
+            found = _find(db, digest)
+        if found is None:
+            raise NotFound(f"contribution {digest[:12]}: not in the ledger", digest=digest[:64])
+        return found
 
     def last_counted(self, run: str, site: str, before: int | None = None) -> str:
         """Digest of the newest ``train`` contribution of a site in a run's history.
@@ -82,4 +124,90 @@ class Contributions(Database):
         Returns:
             The digest; empty if nothing of that site is in the history.
         """
-        raise NotImplementedError
+        with self._reading() as db:
+            at = find(db, run)
+            while True:
+                digest, parent = _newest(db, at.id, site, before), at.parent
+                if digest or parent is None:
+                    return digest
+                at, before = find(db, parent[0]), parent[1] + 1
+
+
+def _find(db: sa.Connection, digest: str) -> ContributionRow | None:
+    row = db.execute(sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == digest)).first()
+    return None if row is None else ContributionRow(*row)
+
+
+def _again(db: sa.Connection, known: ContributionRow, site: str) -> Acceptance:
+    """The answer that was given before."""
+    if known.site != site:
+        return Acceptance("refused", known.plan_id, "the contribution is another site's")
+    if known.verdict == "late":
+        return Acceptance("late", known.plan_id, _late(known.plan_id), again=True)
+    counts_for = select_plans(db, PLANS.c.contribution == known.digest)
+    plan_id = counts_for[-1].id if counts_for else known.plan_id
+    return Acceptance("counted", plan_id, again=True)
+
+
+def _late(plan_id: str) -> str:
+    return f"plan {plan_id}: its exchange was closed before this came"
+
+
+def _refused(plan: PlanRow, reason: str) -> Acceptance:
+    return Acceptance("refused", plan.id, reason)
+
+
+def _open_target(db: sa.Connection, plan: PlanRow) -> PlanRow | None:
+    """The plan that the work counts for: its own, or the one of another attempt."""
+    if lock_exchange(db, plan.run, plan.round, plan.attempt, plan.kind):
+        return find_plan(db, plan.id, plan.site, lock=True)
+    same = select_plans(db, _same_work(PLANS, plan), is_open())
+    for other in same:
+        if lock_exchange(db, other.run, other.round, other.attempt, other.kind):
+            return find_plan(db, other.id, other.site, lock=True)
+    return None
+
+
+def _same_work(table: sa.Table, plan: PlanRow) -> sa.ColumnElement[bool]:
+    keys = ("run", "round", "kind", "site", "work_digest")
+    return sa.and_(*(table.c[key] == getattr(plan, key) for key in keys))
+
+
+def _finished(db: sa.Connection, plan: PlanRow) -> ContributionRow | None:
+    """The newest contribution of another attempt that did the same work."""
+    query = (
+        sa.select(CONTRIBUTIONS)
+        .where(_same_work(CONTRIBUTIONS, plan), CONTRIBUTIONS.c.verdict == "counted")
+        .where(CONTRIBUTIONS.c.attempt < plan.attempt)
+        .order_by(CONTRIBUTIONS.c.attempt.desc())
+        .limit(1)
+    )
+    row = db.execute(query).first()
+    return None if row is None else ContributionRow(*row)
+
+
+def _insert(db: sa.Connection, plan: PlanRow, row: ContributionRow, verdict: str) -> None:
+    values: dict[str, Any] = asdict(row)
+    for key in ("run", "round", "attempt", "kind"):  # the plan's, whatever the row says
+        values[key] = getattr(plan, key)
+    values["verdict"] = verdict
+    if verdict == "late":
+        values["header"] = values["signature"] = b""
+    db.execute(sa.insert(CONTRIBUTIONS).values(values))
+
+
+def _newest(db: sa.Connection, run: str, site: str, before: int | None) -> str:
+    same = sa.and_(*(ROUNDS.c[key] == PLANS.c[key] for key in ("run", "round", "attempt")))
+    query = (
+        sa.select(PLANS.c.contribution, ROUNDS.c.closed_set)
+        .join(ROUNDS, same)
+        .where(ROUNDS.c.run == run, ROUNDS.c.state == "committed")
+        .where(PLANS.c.site == site, PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
+        .order_by(ROUNDS.c.round.desc())
+    )
+    if before is not None:
+        query = query.where(ROUNDS.c.round < before)
+    for digest, closed_set in db.execute(query):
+        if digest in json.loads(closed_set):
+            return str(digest)
+    return ""

@@ -1,20 +1,30 @@
-"""Rounds in the ledger: planned → closed → [held] → committed | abandoned, and their exchanges."""
+"""Rounds in the ledger: planned → closed → [held] → committed | abandoned."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.ledger.database import Database
-from orchestrator.ledger.rows import PlanKind, PlanRow, RoundRow
+import sqlalchemy as sa
+
+from orchestrator.ledger import chain, tables
+from orchestrator.ledger.database import plain, to_json
+from orchestrator.ledger.exchanges import Exchanges, begin, end
+from orchestrator.ledger.plans import of_attempt, plan_digests, select_plans
+from orchestrator.ledger.rows import PlanRow, RoundRow
+from orchestrator.ledger.runs import find
+from orchestrator.views import RoundState
+from protos.digest import digest
+from protos.errors import Conflict, InvalidInput, NotFound
+
+ROUNDS, RUNS, PLANS = tables.rounds, tables.runs, tables.plans
+
+UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
 
 
-class Rounds(Database):
-    """The part of the ledger that knows rounds, their attempts and their exchanges.
-
-    An exchange is (run, round, attempt, kind). Planning opens the one of the plans (train or
-    init); closing, holding, committing and abandoning close whatever is open.
-    """
+class Rounds(Exchanges):
+    """The part of the ledger that knows rounds and their attempts."""
 
     def plan_round(
         self, row: RoundRow, plans: Sequence[PlanRow] = (), *, abandoning: str = ""
@@ -29,40 +39,39 @@ class Rounds(Database):
                 falls between two attempts, where it would be late.
 
         Raises:
-            Conflict: This attempt is there, another attempt of the round is not abandoned, or
-                this round or a later one is committed.
+            Conflict: This attempt is there, another one of the run is under way, or this round
+                or a later one is committed.
+            InvalidInput: The attempt is not in the state ``planned``, or a plan is not one of it.
             NotFound: There is no such run.
         """
-        raise NotImplementedError
-
-    def add_plans(self, plans: Sequence[PlanRow]) -> None:
-        """Add plans to an exchange that is open (a site that joins late).
-
-        Raises:
-            Conflict: The exchange is not open, or a site has another plan in it.
-        """
-        raise NotImplementedError
-
-    def open_exchange(
-        self, run: str, round: int, attempt: int, kind: PlanKind, plans: Sequence[PlanRow] = ()
-    ) -> None:
-        """Open the exchange of a closed round in which its candidate is assessed.
-
-        It may have been opened before, by a daemon that was stopped then: plans that ask for the
-        same work keep their answers, plans that ask for other work replace the old ones.
-
-        Raises:
-            Conflict: The round attempt is not closed.
-        """
-        raise NotImplementedError
-
-    def close_exchange(self, run: str, round: int, attempt: int, kind: PlanKind) -> None:
-        """Close an exchange: answers to its plans are late from now on. Twice is as once."""
-        raise NotImplementedError
-
-    def exchange_open(self, run: str, round: int, attempt: int, kind: PlanKind) -> bool:
-        """Whether contributions to this exchange still count."""
-        raise NotImplementedError
+        if row.state != "planned":
+            raise InvalidInput(f"{_where(row)}: it is {row.state}, not planned")
+        for plan in plans:
+            if (plan.run, plan.round, plan.attempt) != (row.run, row.round, row.attempt):
+                raise InvalidInput(f"plan {plan.id} is not one of {_where(row)}")
+        now = self._clock()
+        with self._writing() as db:
+            run = find(db, row.run, lock=True)
+            if abandoning:
+                for old in _rows(db, ROUNDS.c.run == run.id, ROUNDS.c.state.in_(UNDER_WAY)):
+                    if old.round == row.round:
+                        _step(db, old, UNDER_WAY, "abandoned", now, reason=abandoning)
+            _check_free(row, _rows(db, ROUNDS.c.run == run.id))
+            values = {name: getattr(row, name) for name in RoundRow.__slots__}
+            for name in ("draft", "closed_set", "memos", "summary"):
+                values[name] = to_json(values[name])
+            db.execute(sa.insert(ROUNDS).values({**values, "reason": plain(row.reason)}))
+            for kind in sorted({plan.kind for plan in plans}):
+                mine = [plan for plan in plans if plan.kind == kind]
+                begin(db, row.run, row.round, row.attempt, kind, mine, now)
+            document = {
+                "round": row.round,
+                "attempt": row.attempt,
+                "base": row.base,
+                "draft": digest(values["draft"].encode()),
+                "plans": plan_digests(plans),
+            }
+            chain.append(db, row.run, "planned", now, document)
 
     def extend_deadline(self, run: str, round: int, attempt: int, by_s: float) -> RoundRow:
         """Put a planned round's deadline off: time with the daemon down does not count.
@@ -70,7 +79,12 @@ class Rounds(Database):
         Raises:
             Conflict: The attempt is not planned.
         """
-        raise NotImplementedError
+        with self._writing() as db:
+            which = of_attempt(ROUNDS, run, round, attempt) & (ROUNDS.c.state == "planned")
+            longer = {"deadline_s": ROUNDS.c.deadline_s + by_s}
+            if not db.execute(sa.update(ROUNDS).where(which).values(longer)).rowcount:
+                raise _wrong_state(_row(db, run, round, attempt), ("planned",), "put off")
+            return _row(db, run, round, attempt)
 
     def close_round(
         self,
@@ -93,7 +107,23 @@ class Rounds(Database):
         Raises:
             Conflict: It is not planned, or something in ``closed_set`` does not count for it.
         """
-        raise NotImplementedError
+        now = self._clock()
+        with self._writing() as db:
+            row = _row(db, run, round, attempt)
+            end(db, run, round, attempt, now)  # first: from here on the counted ones are fixed
+            plans = select_plans(
+                db,
+                of_attempt(PLANS, run, round, attempt),
+                PLANS.c.kind.in_(["train", "init"]),
+                PLANS.c.contribution.is_not(None),
+            )
+            counted = [plan.contribution for plan in sorted(plans, key=lambda plan: plan.site)]
+            chosen = counted if closed_set is None else [c for c in counted if c in closed_set]
+            if closed_set is not None and set(chosen) != set(closed_set):
+                other = min(set(closed_set) - set(chosen))
+                raise Conflict(f"{_where(row)}: contribution {other[:12]} does not count for it")
+            _step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
+            return _row(db, run, round, attempt)
 
     def hold_round(
         self,
@@ -112,7 +142,16 @@ class Rounds(Database):
         Raises:
             Conflict: It is not closed.
         """
-        raise NotImplementedError
+        with self._writing() as db:
+            row = _row(db, run, round, attempt)
+            result = {
+                "model": model,
+                "outer_state": outer_state,
+                "memos": memos or {},
+                "summary": summary or {},
+            }
+            _step(db, row, ("closed",), "held", self._clock(), reason=reason, **result)
+            return _row(db, run, round, attempt)
 
     def abandon_round(self, run: str, round: int, attempt: int, reason: str) -> RoundRow:
         """Give an attempt up, planned, closed or held.
@@ -120,7 +159,10 @@ class Rounds(Database):
         Raises:
             Conflict: It is committed, or abandoned.
         """
-        raise NotImplementedError
+        with self._writing() as db:
+            row = _row(db, run, round, attempt)
+            _step(db, row, UNDER_WAY, "abandoned", self._clock(), reason=reason)
+            return _row(db, run, round, attempt)
 
     def commit_round(
         self,
@@ -129,20 +171,37 @@ class Rounds(Database):
         attempt: int,
         *,
         model: str,
-        outer_state: str = "",
+        outer_state: str | None = None,
         memos: dict[str, Any] | None = None,
         summary: dict[str, Any] | None = None,
     ) -> RoundRow:
         """Commit a closed or held round, and make its model the run's. Gives the row afterwards.
 
+        Before this the round does not exist, afterwards it does. None keeps what was held.
+
         Raises:
             Conflict: It is neither closed nor held.
         """
-        raise NotImplementedError
+        with self._writing() as db:
+            row = _row(db, run, round, attempt)
+            outer = row.outer_state if outer_state is None else outer_state
+            result = {
+                "model": model,
+                "outer_state": outer,
+                "memos": row.memos if memos is None else memos,
+                "summary": row.summary if summary is None else summary,
+            }
+            _step(db, row, ("closed", "held"), "committed", self._clock(), **result)
+            db.execute(
+                sa.update(RUNS).where(RUNS.c.id == run).values(model=model, outer_state=outer)
+            )
+            return _row(db, run, round, attempt)
 
     def rounds(self, run: str, all_attempts: bool = False) -> list[RoundRow]:
         """The rounds of a run in order: of each the last attempt, or all of them."""
-        raise NotImplementedError
+        with self._reading() as db:
+            rows = _rows(db, ROUNDS.c.run == find(db, run).id)
+        return rows if all_attempts else list({row.round: row for row in rows}.values())
 
     def round(self, run: str, number: int, attempt: int | None = None) -> RoundRow:
         """One round: an attempt, or the last one.
@@ -150,16 +209,98 @@ class Rounds(Database):
         Raises:
             NotFound: There is no such run, round or attempt.
         """
-        raise NotImplementedError
+        with self._reading() as db:
+            return _row(db, find(db, run).id, number, attempt)
 
     def history(self, run: str) -> list[RoundRow]:
         """The committed rounds of a run in order."""
-        raise NotImplementedError
+        with self._reading() as db:
+            return _rows(db, ROUNDS.c.run == find(db, run).id, ROUNDS.c.state == "committed")
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""
-        raise NotImplementedError
+        return next(reversed(self.history(run)), None)
 
     def open_rounds(self) -> list[RoundRow]:
         """Attempts of all runs that are planned, closed or held: what a start goes on with."""
-        raise NotImplementedError
+        with self._reading() as db:
+            return _rows(db, ROUNDS.c.state.in_(UNDER_WAY))
+
+
+def _rows(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[RoundRow]:
+    order = (ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
+    return [_round(row) for row in db.execute(sa.select(ROUNDS).where(*where).order_by(*order))]
+
+
+def _row(db: sa.Connection, run: str, number: int, attempt: int | None) -> RoundRow:
+    where = (ROUNDS.c.run == run) & (ROUNDS.c.round == number)
+    if attempt is not None:
+        where &= ROUNDS.c.attempt == attempt
+    found = _rows(db, where)
+    if not found:
+        which = f"round {number}" + (f", attempt {attempt}" if attempt is not None else "")
+        raise NotFound(f"run {run}: there is no {which}", run=run, round=number)
+    return found[-1]
+
+
+def _round(row: sa.Row[Any]) -> RoundRow:
+    values = dict(row._mapping)
+    for name in ("draft", "memos", "summary"):
+        values[name] = json.loads(values[name])
+    values["closed_set"] = tuple(json.loads(values["closed_set"]))
+    return RoundRow(**values)
+
+
+def _check_free(row: RoundRow, others: Sequence[RoundRow]) -> None:
+    """Whether an attempt may begin, with all there is of its run."""
+    for other in others:
+        if other.state in UNDER_WAY:
+            raise Conflict(f"{_where(other)}: it is {other.state}; end it before planning another")
+        if other.state == "committed" and other.round >= row.round:
+            raise Conflict(f"{_where(other)}: it is committed, and what is committed stays")
+        if other.round == row.round and other.attempt >= row.attempt:
+            raise Conflict(f"{_where(row)}: there was attempt {other.attempt} before")
+
+
+def _step(
+    db: sa.Connection,
+    row: RoundRow,
+    before: Sequence[RoundState],
+    after: RoundState,
+    now: float,
+    **values: Any,
+) -> None:
+    """Move an attempt on, if it is where it should be; whatever is open closes."""
+    end(db, row.run, row.round, row.attempt, now)
+    document: dict[str, Any] = {"round": row.round, "attempt": row.attempt}
+    for name, value in values.items():
+        if name in ("closed_set", "memos", "summary"):
+            values[name] = to_json(value)
+        if name == "reason":
+            values[name] = plain(value)
+        elif name in ("memos", "summary"):
+            document[name] = digest(values[name].encode())
+        else:
+            document[name] = value
+    if after == "committed":
+        document["closed_set"] = list(row.closed_set)
+    if after != "held":
+        values["closed" if after == "closed" else "ended"] = now
+    which = of_attempt(ROUNDS, row.run, row.round, row.attempt) & ROUNDS.c.state.in_(before)
+    if not db.execute(sa.update(ROUNDS).where(which).values(state=after, **values)).rowcount:
+        raise _wrong_state(row, before, after)
+    chain.append(db, row.run, after, now, document)
+
+
+def _wrong_state(row: RoundRow, before: Sequence[RoundState], after: str) -> Conflict:
+    return Conflict(
+        f"{_where(row)}: it is {row.state}, and has to be {' or '.join(before)} to be {after}",
+        run=row.run,
+        round=row.round,
+        attempt=row.attempt,
+        state=row.state,
+    )
+
+
+def _where(row: RoundRow) -> str:
+    return f"run {row.run}, round {row.round}, attempt {row.attempt}"

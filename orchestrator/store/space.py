@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from protos.errors import OutOfSpace
+
 
 class Reservation:
     """Room that was set aside.
@@ -10,8 +18,50 @@ class Reservation:
         nbytes: How much is still set aside.
     """
 
-    nbytes: int
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
 
     def spend(self, nbytes: int) -> None:
         """Say that so much was written: the disk counts it now, the reservation no longer."""
-        raise NotImplementedError
+        self.nbytes = max(0, self.nbytes - nbytes)
+
+
+class Space:
+    """What this process has set aside on one file system.
+
+    Args:
+        folder: A folder on it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._open: set[Reservation] = set()
+
+    @contextmanager
+    def reserve(self, nbytes: int) -> Iterator[Reservation]:
+        """Set room aside while the block runs.
+
+        Raises:
+            OutOfSpace: There is less, with what others set aside taken off.
+        """
+        with self._lock:
+            free = shutil.disk_usage(self._folder).free
+            reserved = sum(one.nbytes for one in self._open)
+            if nbytes > free - reserved:
+                raise OutOfSpace(
+                    f"{self._folder}: {nbytes} bytes are needed, {free} are free and {reserved} of"
+                    " them are set aside for other work. Make room (`farflung gc`), or move the"
+                    " store to a larger disk.",
+                    needed=nbytes,
+                    free=free,
+                    reserved=reserved,
+                    folder=str(self._folder),
+                )
+            reservation = Reservation(nbytes)
+            self._open.add(reservation)
+        try:
+            yield reservation
+        finally:
+            with self._lock:
+                self._open.discard(reservation)

@@ -1,0 +1,74 @@
+"""The hash chain of a run: each entry names the digest of the one before it.
+
+It holds digests and ids only. Bytes and names of sites live outside it, so that they can be erased
+without breaking it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.ledger import tables
+from orchestrator.ledger.rows import Entry, EntryKind
+from protos.digest import canonical, digest
+from protos.errors import DataCorrupt
+
+ENTRIES = tables.entries
+
+
+def append(
+    db: sa.Connection, run: str, kind: EntryKind, time: float, document: dict[str, Any]
+) -> None:
+    """Add an entry, in the transaction of what it tells."""
+    last = db.execute(
+        sa.select(ENTRIES.c.number, ENTRIES.c.digest)
+        .where(ENTRIES.c.run == run)
+        .order_by(ENTRIES.c.number.desc())
+        .limit(1)
+        .with_for_update()
+    ).first()
+    number, previous = (last.number + 1, last.digest) if last else (1, "")
+    text = canonical(document).decode()
+    db.execute(
+        sa.insert(ENTRIES).values(
+            run=run,
+            number=number,
+            kind=kind,
+            time=time,
+            document=text,
+            previous=previous,
+            digest=_digest(run, number, kind, time, text, previous),
+        )
+    )
+
+
+def entries(db: sa.Connection, run: str) -> list[Entry]:
+    """All entries of a run, oldest first."""
+    query = sa.select(ENTRIES).where(ENTRIES.c.run == run).order_by(ENTRIES.c.number)
+    return [Entry(*row) for row in db.execute(query)]
+
+
+def verify(run: str, chain: list[Entry]) -> str:
+    """Check the links; gives the digest of the newest entry.
+
+    Raises:
+        DataCorrupt: An entry was changed, removed or put in; says which.
+    """
+    previous = ""
+    for number, entry in enumerate(chain, 1):
+        right = _digest(run, number, entry.kind, entry.time, entry.document, previous)
+        if (entry.number, entry.previous, entry.digest) != (number, previous, right):
+            raise DataCorrupt(
+                f"ledger of run {run}: entry {number} ({entry.kind}) is not what was written."
+                " Compare with a backup.",
+                run=run,
+                entry=number,
+            )
+        previous = entry.digest
+    return previous
+
+
+def _digest(run: str, number: int, kind: str, time: float, document: str, previous: str) -> str:
+    return digest(canonical([run, number, kind, time, document, previous]))

@@ -1,0 +1,190 @@
+"""Plans in the ledger: what each site was asked, and how that ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.ledger import tables
+from orchestrator.ledger.database import Database, plain
+from orchestrator.ledger.rows import Answer, PlanKind, PlanRow
+from protos.digest import digest
+from protos.errors import Conflict, InvalidInput, NotFound
+
+PLANS, EXCHANGES, ROUNDS = tables.plans, tables.exchanges, tables.rounds
+
+
+class Plans(Database):
+    """The part of the ledger that knows what was asked of whom."""
+
+    def plan(self, plan_id: str, site: str) -> PlanRow | None:
+        """A site's plan; None if there is none of that id for it."""
+        with self._reading() as db:
+            return find_plan(db, plan_id, site)
+
+    def plans(self, run: str, round: int, attempt: int) -> list[PlanRow]:
+        """All plans of an attempt with their answers, by kind and site."""
+        with self._reading() as db:
+            found = select_plans(db, of_attempt(PLANS, run, round, attempt))
+        return sorted(found, key=lambda plan: (plan.kind, plan.site))
+
+    def open_plans(self, site: str) -> list[PlanRow]:
+        """What a site still has to do: plans of open exchanges without an answer, oldest first."""
+        with self._reading() as db:
+            return select_plans(db, is_open(), PLANS.c.site == site, PLANS.c.answer == "")
+
+    def add_plans(self, plans: Sequence[PlanRow]) -> None:
+        """Add plans to an exchange that is open (a site that joins late).
+
+        Raises:
+            Conflict: The exchange is not open, or a site has another plan in it.
+        """
+        with self._writing() as db:
+            for plan in plans:
+                if not lock_exchange(db, plan.run, plan.round, plan.attempt, plan.kind):
+                    raise Conflict(f"plan {plan.id}: its exchange is not open (any more)")
+                put_plan(db, plan, replace=False)
+
+    def answer_plan(
+        self, plan_id: str, site: str, answer: Answer, error: str = "", message: str = ""
+    ) -> PlanRow:
+        """Record how a plan ended other than with a contribution. The first answer stays.
+
+        Gives the row afterwards, so that the caller sees which answer stands.
+
+        Raises:
+            NotFound: There is no such plan.
+            InvalidInput: ``counted``, which only `accept` may say.
+        """
+        if answer == "counted":
+            raise InvalidInput(f"plan {plan_id}: only a contribution makes it counted")
+        with self._writing() as db:
+            plan = find_plan(db, plan_id, site, lock=True)
+            if plan is None:
+                raise no_plan(plan_id, site)
+            if not plan.answer:
+                set_answer(db, plan, answer, self._clock(), error=error, message=message)
+            return find_plan(db, plan_id, site) or plan
+
+
+def of_attempt(table: sa.Table, run: str, round: int, attempt: int) -> sa.ColumnElement[bool]:
+    """The rows of one attempt."""
+    return (table.c.run == run) & (table.c.round == round) & (table.c.attempt == attempt)
+
+
+def is_plan(plan: PlanRow) -> sa.ColumnElement[bool]:
+    """The row of one plan."""
+    attempt = of_attempt(PLANS, plan.run, plan.round, plan.attempt)
+    return attempt & (PLANS.c.kind == plan.kind) & (PLANS.c.site == plan.site)
+
+
+def is_open() -> sa.ColumnElement[bool]:
+    """Plans whose exchange is open."""
+    same = sa.and_(
+        *(EXCHANGES.c[key] == PLANS.c[key] for key in ("run", "round", "attempt", "kind"))
+    )
+    return sa.exists().where(same, EXCHANGES.c.closed.is_(None))
+
+
+def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[PlanRow]:
+    """Plans, oldest first."""
+    when = sa.select(ROUNDS.c.started).where(
+        of_attempt(ROUNDS, PLANS.c.run, PLANS.c.round, PLANS.c.attempt)  # type: ignore[arg-type]
+    )
+    order = (when.scalar_subquery(), PLANS.c.round, PLANS.c.attempt, PLANS.c.kind)
+    rows = db.execute(sa.select(PLANS).where(*where).order_by(*order))
+    return [_plan(row) for row in rows]
+
+
+def find_plan(db: sa.Connection, plan_id: str, site: str, lock: bool = False) -> PlanRow | None:
+    """A site's plan by its id; None if there is none."""
+    parts = plan_id.split("/")
+    if len(parts) != 4 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+        return None
+    if max(len(parts[1]), len(parts[2])) > 9:
+        return None
+    query = sa.select(PLANS).where(
+        of_attempt(PLANS, parts[0], int(parts[1]), int(parts[2])),
+        PLANS.c.kind == parts[3],
+        PLANS.c.site == site,
+    )
+    row = db.execute(query.with_for_update() if lock else query).first()
+    return None if row is None else _plan(row)
+
+
+def no_plan(plan_id: str, site: str) -> NotFound:
+    """The error for a plan that is not there."""
+    return NotFound(f"site {site} has no plan {plan_id[:256]}", site=site)
+
+
+def put_plan(db: sa.Connection, plan: PlanRow, replace: bool) -> None:
+    """Write a plan. One that asks for the same work stays as it is, with its answer.
+
+    Raises:
+        Conflict: The site has another plan there, and it shall not be replaced.
+    """
+    old = find_plan(db, plan.id, plan.site, lock=True)
+    fresh = {
+        "plan": plan.plan,
+        "work_digest": plan.work_digest,
+        "answer": "",
+        "error": "",
+        "message": "",
+        "answered": None,
+        "contribution": None,
+    }
+    if old is None:
+        key = {name: getattr(plan, name) for name in ("run", "round", "attempt", "kind", "site")}
+        db.execute(sa.insert(PLANS).values({**key, **fresh}))
+    elif old.work_digest == plan.work_digest:
+        return
+    elif replace:
+        db.execute(sa.update(PLANS).where(is_plan(old)).values(fresh))
+    else:
+        raise Conflict(f"plan {plan.id}: site {plan.site} was asked for other work under that id")
+
+
+def set_answer(
+    db: sa.Connection,
+    plan: PlanRow,
+    answer: Answer,
+    now: float,
+    *,
+    error: str = "",
+    message: str = "",
+    contribution: str | None = None,
+) -> None:
+    """Write how a plan ended."""
+    db.execute(
+        sa.update(PLANS)
+        .where(is_plan(plan))
+        .values(
+            answer=answer,
+            error=plain(error)[:200],
+            message=plain(message),
+            answered=now,
+            contribution=contribution,
+        )
+    )
+
+
+def lock_exchange(db: sa.Connection, run: str, round: int, attempt: int, kind: PlanKind) -> bool:
+    """Whether an exchange is open; if so nobody closes it before this transaction ends."""
+    query = sa.select(EXCHANGES.c.opened).where(
+        of_attempt(EXCHANGES, run, round, attempt),
+        EXCHANGES.c.kind == kind,
+        EXCHANGES.c.closed.is_(None),
+    )
+    return db.execute(query.with_for_update()).first() is not None
+
+
+def plan_digests(plans: Sequence[PlanRow]) -> list[str]:
+    """Digests of the plans' bytes, by site: what the hash chain says of them."""
+    return [digest(plan.plan) for plan in sorted(plans, key=lambda plan: plan.site)]
+
+
+def _plan(row: sa.Row[Any]) -> PlanRow:
+    values = dict(row._mapping)
+    return PlanRow(**{**values, "contribution": values["contribution"] or ""})

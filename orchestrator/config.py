@@ -39,11 +39,13 @@ class Init(Section):
     Attributes:
         start: "task" (the orchestrator builds it; needs the task in [tasks]), "site:NAME",
             "FILE.safetensors", "RUN@ROUND" or "RUN@best". Key ``from`` in the file.
+        digest: Of the file's bytes in the store; set at launch, not by people.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     start: str = Field("task", alias="from", min_length=1)
+    digest: str = ""
 
 
 class CohortSection(Section):

@@ -1,0 +1,208 @@
+"""What the sites are doing right now: memory only, rebuilt from their messages after a restart."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from orchestrator.views import SitePhase, SiteWork, WorkState
+
+PUBLISH_EVERY_S = 0.25
+"""Progress is published at most this often; every change of a state is published at once."""
+
+FINAL: frozenset[WorkState] = frozenset({"counted", "late", "refused", "failed", "left"})
+
+
+@dataclass
+class _Live:
+    """One site's row while it changes."""
+
+    site: str
+    state: WorkState = "asked"
+    error: str = ""
+    reason: str = ""
+    phases: list[tuple[WorkState, float]] = field(default_factory=list)
+    done: float | None = None
+    planned: float | None = None
+    unit: str = ""
+    loss: float | None = None
+    learning_rate: float | None = None
+    examples: int | None = None
+    examples_per_s: float | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    norm: float | None = None
+    weight: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def enter(self, state: WorkState, now: float) -> bool:
+        """Enter a state; whether it is a new one."""
+        if self.phases and self.state == state:
+            return False
+        self.state = state
+        self.phases.append((state, now))
+        return True
+
+    def view(self, now: float) -> SiteWork:
+        """The row as a view."""
+        ends = [start for _, start in self.phases[1:]]
+        ends.append(self.phases[-1][1] if self.phases and self.state in FINAL else now)
+        phases = tuple(
+            SitePhase(state=s, start=start, end=end if i < len(self.phases) - 1 else None)
+            for i, ((s, start), end) in enumerate(zip(self.phases, ends, strict=False))
+        )
+        return SiteWork(
+            site=self.site,
+            state=self.state,
+            error=self.error,
+            reason=self.reason,
+            phases=phases,
+            done=self.done,
+            planned=self.planned,
+            unit=self.unit,
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            examples=self.examples,
+            examples_per_s=self.examples_per_s,
+            eta_s=self._eta(now),
+            received_bytes=self.received_bytes,
+            sent_bytes=self.sent_bytes,
+            norm=self.norm,
+            weight=self.weight,
+            scores=dict(self.scores),
+        )
+
+    def _eta(self, now: float) -> float | None:
+        if self.state != "training" or not self.done or not self.planned:
+            return None
+        started = next((t for s, t in reversed(self.phases) if s == "training"), now)
+        return max(0.0, (self.planned - self.done) * (now - started) / self.done)
+
+
+class Board:
+    """The live rows of the round under way.
+
+    Args:
+        publish: Called, outside the lock, when something visible changed.
+    """
+
+    def __init__(self, publish: Callable[[], None] = lambda: None) -> None:
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._key: tuple[str, int, int] = ("", -1, 0)
+        self._rows: dict[str, _Live] = {}
+        self._published = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def begin(self, run: str, round: int, attempt: int, sites: Iterable[str]) -> None:
+        """A new attempt starts; rows of the one before are forgotten."""
+        now = time.time()
+        with self._lock:
+            if self._key != (run, round, attempt):
+                self._key, self._rows, self.seconds = (run, round, attempt), {}, {}
+            for site in sites:
+                if site not in self._rows:
+                    self._rows[site] = _Live(site)
+                    self._rows[site].enter("asked", now)
+        self._publish()
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """(run, round, attempt) that the rows belong to."""
+        return self._key
+
+    def rows(self) -> tuple[SiteWork, ...]:
+        """The rows by site name."""
+        now = time.time()
+        with self._lock:
+            return tuple(self._rows[s].view(now) for s in sorted(self._rows))
+
+    def set_state(self, site: str, state: WorkState, error: str = "", reason: str = "") -> None:
+        """A site entered a state."""
+        with self._lock:
+            row = self._rows.get(site)
+            if row is None or (row.state in FINAL and state not in FINAL):
+                return
+            row.error, row.reason = error, reason
+            row.enter(state, time.time())
+        self._publish()
+
+    def progress(
+        self,
+        site: str,
+        state: WorkState,
+        done: float | None,
+        planned: float | None,
+        unit: str,
+        loss: float | None,
+        learning_rate: float | None,
+        examples_per_s: float | None,
+    ) -> None:
+        """A site said where it is."""
+        now = time.time()
+        with self._lock:
+            row = self._rows.get(site)
+            if row is None or row.state in FINAL:
+                return
+            new = row.enter(state, now)
+            if state == "training":
+                row.done, row.planned, row.unit = done, planned, unit
+                row.loss, row.learning_rate = loss, learning_rate
+                row.examples_per_s = examples_per_s
+            publish = new or now - self._published > PUBLISH_EVERY_S
+            if publish:
+                self._published = now
+        if publish:
+            self._publish()
+
+    def note(
+        self,
+        site: str,
+        *,
+        received: int = 0,
+        sent: int = 0,
+        norm: float | None = None,
+        weight: float | None = None,
+        examples: int | None = None,
+        loss: float | None = None,
+        scores: dict[str, float] | None = None,
+    ) -> None:
+        """Facts about a site's part in the round; bytes are added (seen from the site)."""
+        with self._lock:
+            row = self._rows.get(site)
+            if row is None:
+                return
+            row.received_bytes += received
+            row.sent_bytes += sent
+            row.norm = norm if norm is not None else row.norm
+            row.weight = weight if weight is not None else row.weight
+            row.examples = examples if examples is not None else row.examples
+            row.loss = loss if loss is not None else row.loss
+            row.scores.update(scores or {})
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Add wall seconds of one of the orchestrator's own phases."""
+        with self._lock:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def wire_bytes(self) -> int:
+        """Bytes of payload over the wire in this round, both ways."""
+        with self._lock:
+            return sum(r.received_bytes + r.sent_bytes for r in self._rows.values())
+
+    def mean_seconds(self) -> dict[str, float]:
+        """Seconds by phase: the sites' phases as a mean over the sites, and our own."""
+        now = time.time()
+        totals: dict[str, float] = {}
+        rows = self.rows()
+        for row in rows:
+            for phase in row.phases:
+                if phase.state not in FINAL:
+                    name = "waiting" if phase.state == "asked" else phase.state
+                    end = phase.end if phase.end is not None else now
+                    totals[name] = totals.get(name, 0.0) + end - phase.start
+        out = {name: total / max(1, len(rows)) for name, total in totals.items()}
+        with self._lock:
+            return {**out, **self.seconds}

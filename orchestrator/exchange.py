@@ -1,0 +1,205 @@
+"""The exchange under way: what sites do becomes events, events become a decision to close.
+
+Handlers of any thread put events into one queue; the round's own thread takes them out, feeds the
+pure machine of `gathering`, and waits no longer than it says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from orchestrator.board import Board
+from orchestrator.gathering import Decision, Gathering, Member
+from orchestrator.ledger import Ledger, PlanRow
+from orchestrator.sessions import Sessions
+from orchestrator.views import WorkState
+from protos.v1 import site_pb2
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class _Event:
+    kind: str  # counted | failed | attached | gone | wake
+    site: str = ""
+    plan_id: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """How an exchange ended.
+
+    Attributes:
+        decision: close or abandon, with the reason; ``interrupted`` if somebody asked to stop.
+        counted: Sites that are counted.
+        missing: The others, with the reason.
+        interrupted: Stopped from outside before a decision.
+    """
+
+    decision: Decision
+    counted: tuple[str, ...]
+    missing: dict[str, str]
+    interrupted: bool = False
+
+
+class Exchange:
+    """Listens to the sites for whichever exchange is under way.
+
+    Args:
+        ledger: Says what was answered before.
+        board: Shows what the sites do.
+        grace_s: How long a counted quorum waits for sites that are gone.
+        note: Called with (level, site, text) for what an operator should read.
+    """
+
+    def __init__(
+        self, ledger: Ledger, board: Board, grace_s: float, note: Callable[[str, str, str], None]
+    ) -> None:
+        self._ledger, self._board, self._grace_s, self._note = ledger, board, grace_s, note
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._plan_id = ""
+        self._interrupt = threading.Event()
+        self.sessions: Sessions | None = None
+        self.left: set[tuple[str, str]] = set()
+
+    # -- what sites do; any thread ------------------------------------------------------------
+
+    def progress(self, site: str, plan_id: str, state: WorkState, said: site_pb2.Progress) -> None:
+        """A site said where it is."""
+        if plan_id == self._plan_id:
+            self._board.progress(
+                site,
+                state,
+                said.done,
+                said.planned or None,
+                said.unit[:16],
+                said.loss if math.isfinite(said.loss) else None,
+                said.learning_rate or None,
+                said.examples_per_s or None,
+            )
+
+    def counted(self, site: str, plan_id: str, header_digest: str) -> None:
+        """A contribution is durable and counts."""
+        if plan_id == self._plan_id:
+            self._board.set_state(site, "counted")
+            self._inbox.put(_Event("counted", site, plan_id))
+
+    def failed(self, site: str, plan_id: str, error: str, message: str, how: str) -> None:
+        """A plan ended without a contribution."""
+        self._note("error", site, message)
+        if plan_id == self._plan_id:
+            state: WorkState = "refused" if how == "refused" else "failed"
+            self._board.set_state(site, state, error, message)
+            self._inbox.put(_Event("failed", site, plan_id, message))
+
+    def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
+        """Payload bytes moved, seen from the site."""
+        self._board.note(site, received=received, sent=sent)
+
+    def left_run(self, site: str, run: str) -> None:
+        """A site takes no further part in a run."""
+        self.left.add((run, site))
+        self._note("warning", site, f"site {site} left the run {run}")
+        if self._plan_id.startswith(f"{run}/"):
+            self._ledger.answer_plan(self._plan_id, site, "left", "", "the site left the run")
+            self._board.set_state(site, "left", "", "the site left the run")
+            self._inbox.put(_Event("failed", site, self._plan_id, "the site left the run"))
+
+    def attached(self, site: str) -> None:
+        """A site is attached (again)."""
+        self._inbox.put(_Event("attached", site))
+
+    def gone(self, site: str) -> None:
+        """A site's stream broke."""
+        self._board.set_state(site, "gone")
+        self._inbox.put(_Event("gone", site))
+
+    def interrupt(self) -> None:
+        """End the wait without a decision."""
+        self._interrupt.set()
+        self._inbox.put(_Event("wake"))
+
+    # -- the round's thread -------------------------------------------------------------------
+
+    def gather(self, rows: Sequence[PlanRow], quorum: int, seconds: float) -> Gathered:
+        """Push the plans, wait for the answers, decide.
+
+        Args:
+            rows: The plans of one exchange.
+            quorum: Least number of counted sites.
+            seconds: Until the deadline.
+        """
+        sessions = self.sessions
+        if sessions is None:
+            raise RuntimeError("the exchange was not connected to the sessions")
+        self._interrupt.clear()
+        now = time.monotonic()
+        self._plan_id = rows[0].id if rows else ""  # from here on events are kept
+        first = rows[0] if rows else None
+        known = self._ledger.plans(first.run, first.round, first.attempt) if first else []
+        answers = {r.site: r for r in known if r.id == self._plan_id}
+        machine = Gathering(
+            quorum, now + seconds, self._grace_s, {row.site: Member() for row in rows}
+        )
+        for row in rows:
+            row = answers.get(row.site, row)
+            if row.answer == "counted":
+                machine = machine.counted(row.site)
+                self._board.set_state(row.site, "counted")
+            elif row.answer:
+                machine = machine.failed(row.site, row.message or row.answer)
+            elif not sessions.send(row.site, _offer(row)):
+                machine = machine.gone(row.site, now)
+                self._board.set_state(row.site, "gone")
+        try:
+            return self._wait(machine)
+        finally:
+            self._plan_id = ""
+
+    def _wait(self, machine: Gathering) -> Gathered:
+        while True:
+            now = time.monotonic()
+            decision = machine.decide(now)
+            if decision.kind != "wait" or self._interrupt.is_set():
+                interrupted = decision.kind == "wait"
+                return Gathered(decision, machine.counted_sites, machine.missing, interrupted)
+            try:
+                event = self._inbox.get(
+                    timeout=min(LONGEST_WAIT_S, max(0.0, decision.wake_at - now))
+                )
+            except queue.Empty:
+                continue
+            machine = self._apply(machine, event)
+
+    def _apply(self, machine: Gathering, event: _Event) -> Gathering:
+        if event.plan_id and event.plan_id != self._plan_id:
+            return machine
+        if event.kind == "counted":
+            return machine.counted(event.site)
+        if event.kind == "failed":
+            return machine.failed(event.site, event.reason)
+        if event.kind == "attached":
+            return machine.back(event.site)
+        if event.kind == "gone":
+            return machine.gone(event.site, time.monotonic())
+        return machine
+
+    def cancel(self, rows: Sequence[PlanRow], sites: Sequence[str], reason: str) -> None:
+        """Tell sites that their plan is over."""
+        for row in rows:
+            if row.site in sites and self.sessions is not None:
+                message = site_pb2.Cancel(plan_id=row.id, reason=reason)
+                self.sessions.send(row.site, site_pb2.ToSite(cancel=message))
+
+
+def _offer(row: PlanRow) -> site_pb2.ToSite:
+    return site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan))

@@ -1,0 +1,66 @@
+"""Step 6: one transaction. Before it the round does not exist; after it, it does."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from orchestrator.ledger import RoundRow
+from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned
+from orchestrator.rounds.gather import Closed
+from protos.plan import Schedule
+
+
+def commit(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, assessed: Assessment
+) -> RoundRow:
+    """Commit a closed round: model, outer state, memos, scores, maps, closed set."""
+    row = planned.row
+    document = summary(engine, planned, closed, candidate, assessed)
+    return engine.ledger.commit_round(
+        row.run,
+        row.round,
+        row.attempt,
+        model=candidate.model.shared,
+        outer_state=candidate.outer_state,
+        memos=candidate.memos,
+        summary=document,
+    )
+
+
+def summary(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, assessed: Assessment
+) -> dict[str, Any]:
+    """What the round came to, for views and for the next round's plan."""
+    draft = planned.row.draft
+    change = candidate.relative_change
+    schedule = Schedule.model_validate(draft["schedule"])
+    rows = engine.board.rows()
+    return {
+        "frozen": candidate.model.frozen,
+        "orchestrator": candidate.model.orchestrator,
+        "relative_change": change if math.isfinite(change) else None,
+        "counted": [c.site for c in closed.contributions],
+        "missing": closed.missing,
+        "unassessed": assessed.missing,
+        "close_reason": closed.reason,
+        "weights": candidate.weights,
+        "payloads": candidate.payloads,
+        "plugins": [p.model_dump(mode="json") for p in (*candidate.plugins, *assessed.plugins)],
+        "assessed": assessed.done,
+        "scores": _finite(assessed.scores),
+        "site_scores": {s: _finite(v) for s, v in assessed.sites.items()},
+        "reliability": assessed.reliability,
+        "calibration": assessed.calibration,
+        "work": {k: v for k, v in draft["work"].items() if v is not None},
+        "learning_rate": [schedule.lr, schedule.lr * schedule.decay],
+        "seconds": engine.board.mean_seconds(),
+        "wire_bytes": engine.board.wire_bytes(),
+        "sites": [r.model_dump(mode="json") for r in rows],
+        "finished": time.time(),
+    }
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if math.isfinite(v)}

@@ -1,0 +1,179 @@
+"""Round 0: the first base, from a task, a file, a round of another run, or a site."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.compute.config import Limits
+from orchestrator.config import RunConfig
+from orchestrator.ledger import ContributionRow, RoundRow, RunRow
+from orchestrator.rounds.engine import Engine, Model, payload_specs
+from orchestrator.rounds.page import Outcome
+from orchestrator.rounds.plan import plan_row
+from protos.contribution import Header
+from protos.errors import ContributionRefused, InvalidInput, NotFound
+from protos.manifest import Manifest
+from protos.plan import Plan, Schedule, Work
+
+START = re.compile(r"(?P<run>[^@]+)@(?P<round>best|\d+)\Z")
+
+
+def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
+    """Make and commit round 0.
+
+    Args:
+        engine: The daemon's parts.
+        run: The run.
+        abandoning: Why the attempt before is given up; empty if there is none.
+    """
+    config = RunConfig.from_resolved(run.config)
+    start = config.init.start
+    attempts = [r for r in engine.ledger.rounds(run.id, all_attempts=True) if r.round == 0]
+    if start.startswith("site:"):
+        return _from_site(engine, run, config, attempts, abandoning)
+    row = attempts[-1] if attempts and attempts[-1].state in ("planned", "closed") else None
+    if row is None:
+        number = attempts[-1].attempt + 1 if attempts else 1
+        row = RoundRow(run=run.id, round=0, attempt=number, started=time.time())
+        engine.ledger.plan_round(row)
+    if row.state == "planned":
+        engine.ledger.close_round(run.id, 0, row.attempt, (), "no exchange is needed")
+    if run.parent is not None:
+        parent = engine.ledger.round(*run.parent)
+        return _commit(engine, run, row.attempt, Model.of(parent), f"{start}")
+    with engine.scratch(f"first-{run.id}") as folder:
+        out = folder / "out"
+        out.mkdir()
+        args: dict[str, Any] = {"out": str(out), "seed": config.seed, "start": ""}
+        args["stack"] = [c.model_dump(mode="json") for c in config.stack]
+        if config.init.digest:
+            given = folder / "start.safetensors"
+            given.write_bytes(engine.store.get_bytes(config.init.digest))
+            args["start"] = str(given)
+        if config.task.name in engine.config.tasks or not args["start"]:
+            parts = _isolated(engine, "first_model", {**args, "task": engine.task(config)})
+        else:
+            parts = _isolated(engine, "from_safetensors", args)
+        model = engine.adopt_parts(parts)
+    return _commit(engine, run, row.attempt, model, start)
+
+
+def _isolated(engine: Engine, function: str, args: dict[str, Any]) -> dict[str, Any]:
+    limits = Limits(engine.config.plugins.seconds, engine.config.plugins.memory_bytes)
+    return engine.compute.isolated(function, args, limits)
+
+
+def _commit(engine: Engine, run: RunRow, attempt: int, model: Model, source: str) -> Outcome:
+    row = engine.ledger.commit_round(
+        run.id,
+        0,
+        attempt,
+        model=model.shared,
+        summary={
+            "frozen": model.frozen,
+            "orchestrator": model.orchestrator,
+            "source": source,
+            "finished": time.time(),
+        },
+    )
+    return Outcome("committed", row=row)
+
+
+def parse_start(start: str) -> tuple[str, str] | None:
+    """(run, round) of "RUN@ROUND" or "RUN@best"; None for anything else."""
+    match = START.match(start)
+    return (match["run"], match["round"]) if match else None
+
+
+# -- from a site ------------------------------------------------------------------------------------
+
+
+def _from_site(
+    engine: Engine, run: RunRow, config: RunConfig, attempts: list[RoundRow], abandoning: str
+) -> Outcome:
+    site = config.init.start.removeprefix("site:")
+    if site not in {s.name for s in engine.ledger.sites() if s.state == "enrolled"}:
+        raise NotFound(f'init: no site "{site}" is enrolled', key="init.from", site=site)
+    row = attempts[-1] if attempts and attempts[-1].state in ("planned", "closed") else None
+    if row is None or abandoning:
+        number = attempts[-1].attempt + 1 if attempts else 1
+        row = RoundRow(
+            run=run.id,
+            round=0,
+            attempt=number,
+            quorum=1,
+            deadline_s=config.cohort.deadline_s,
+            started=time.time(),
+        )
+        asked = Plan(
+            run=run.id,
+            round=0,
+            attempt=number,
+            kind="init",
+            site=site,
+            task=config.task,
+            stack=config.stack,
+            work=Work(steps=1),
+            schedule=Schedule(lr=config.local.lr),
+            seed=config.seed,
+            deadline_s=config.cohort.deadline_s,
+        )
+        engine.ledger.plan_round(row, [plan_row(asked)], abandoning=abandoning)
+        engine.ledger.carry_over(run.id, 0, number)
+    plans = engine.ledger.plans(run.id, 0, row.attempt)
+    engine.board.begin(run.id, 0, row.attempt, [site])
+    if row.state == "planned":
+        seconds = row.started + row.deadline_s - time.time()
+        gathered = engine.exchange.gather(plans, 1, seconds)
+        if gathered.interrupted:
+            return Outcome("interrupted")
+        if gathered.decision.kind != "close":
+            return Outcome("again", gathered.decision.reason)
+        engine.ledger.close_round(run.id, 0, row.attempt, None, gathered.decision.reason)
+    contribution = engine.ledger.contributions(run.id, 0, row.attempt, "init")[0]
+    model = _take_apart(engine, run, contribution)
+    return _commit(engine, run, row.attempt, model, config.init.start)
+
+
+def _take_apart(engine: Engine, run: RunRow, row: ContributionRow) -> Model:
+    """The parts of a model that a site sent as one contribution."""
+    header = Header.decode(row.header)
+    specs = payload_specs(engine, row, Manifest(()))
+    path = engine.store.path(row.index)
+
+    def read(name: str) -> bytes:
+        spec = specs[name]
+        return engine.store.read_range(row.index, spec["offset"], spec["offset"] + spec["nbytes"])
+
+    manifest = Manifest.decode(read("init/manifest"))
+    start = min(s["offset"] for s in specs.values())
+    if start != manifest.nbytes or manifest.digest != header.manifest:
+        raise ContributionRefused(
+            f"site {row.site}: its first model has {start} bytes where its manifest says "
+            f"{manifest.nbytes}",
+            site=row.site,
+        )
+    parts = {}
+    with engine.scratch(f"first-{run.id}") as folder:
+        parts["shared"] = _part(folder / "shared.data", path, 0, start, manifest)
+        if "init/frozen" in specs:
+            frozen = Manifest.decode(read("init/frozen_manifest"))
+            spec = specs["init/frozen"]
+            if spec["nbytes"] != frozen.nbytes:
+                raise InvalidInput(f"site {row.site}: the frozen part does not fit its manifest")
+            at = spec["offset"]
+            parts["frozen"] = _part(folder / "frozen.data", path, at, at + frozen.nbytes, frozen)
+        return engine.adopt_parts(parts)
+
+
+def _part(out: Path, source: Path, start: int, stop: int, manifest: Manifest) -> dict[str, str]:
+    with source.open("rb") as given, out.open("wb") as file:
+        given.seek(start)
+        left = stop - start
+        while left > 0 and (data := given.read(min(1 << 20, left))):
+            file.write(data)
+            left -= len(data)
+    return {"manifest": manifest.encoded.decode(), "path": str(out)}

@@ -1,0 +1,69 @@
+"""Step 2: collect the contributions and close the round, or give the attempt up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from orchestrator.exchange import Gathered
+from orchestrator.ledger import ContributionRow, PlanRow
+from orchestrator.rounds.engine import Engine, Planned
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A round that was closed.
+
+    Attributes:
+        contributions: The closed set, by site name.
+        missing: Sites that were asked and are not in it, with the reason.
+        reason: Why it was closed then.
+    """
+
+    contributions: tuple[ContributionRow, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
+    """The closed set; or how the exchange ended where it can't be closed."""
+    row, ledger = planned.row, engine.ledger
+    plans = [p for p in ledger.plans(row.run, row.round, row.attempt) if p.kind == "train"]
+    engine.board.begin(row.run, row.round, row.attempt, [p.site for p in plans])
+    if row.state != "planned":  # closed before a restart
+        return closed_set(engine, planned, plans, row.reason)
+    seconds = row.started + row.deadline_s - time.time()
+    gathered = engine.exchange.gather(plans, row.quorum, seconds)
+    if gathered.interrupted or gathered.decision.kind != "close":
+        return gathered
+    reason = gathered.decision.reason
+    ledger.close_round(row.run, row.round, row.attempt, None, reason)
+    engine.exchange.cancel(plans, list(gathered.missing), "the round was closed")
+    return closed_set(engine, planned, plans, reason, gathered.missing)
+
+
+def closed_set(
+    engine: Engine,
+    planned: Planned,
+    plans: list[PlanRow],
+    reason: str,
+    missing: dict[str, str] | None = None,
+) -> Closed:
+    """What the ledger says is in a closed round."""
+    row = planned.row
+    counted = engine.ledger.contributions(row.run, row.round, row.attempt, "train")
+    counted.sort(key=lambda c: c.site)
+    inside = {c.site for c in counted}
+    for contribution in counted:
+        engine.board.set_state(contribution.site, "counted")
+        engine.board.note(contribution.site, norm=contribution.norm)
+    known = missing or {}
+    left_out = {
+        p.site: known.get(p.site) or p.message or "did not answer in time"
+        for p in plans
+        if p.site not in inside
+    }
+    for site, why in left_out.items():
+        text = f"site {site} is not in round {row.round}: {why}"
+        engine.note("warning", row.run, row.round, site, text)
+    return Closed(tuple(counted), left_out, reason)

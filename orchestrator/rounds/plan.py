@@ -1,0 +1,189 @@
+"""Step 1: what the sites are asked, frozen in the ledger before it goes out."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
+from orchestrator.rounds.engine import Engine, Model, Planned
+from protos.errors import Conflict
+from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
+
+
+def plan(engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Planned:
+    """The attempt of a round to go on with: one that is in the ledger, or a new one.
+
+    Args:
+        engine: The daemon's parts.
+        run: The run.
+        number: The round, from 1.
+        abandoning: Why the attempt before is given up; empty if there is none to give up.
+
+    Raises:
+        Conflict: Fewer sites are enrolled than the quorum needs.
+    """
+    config = RunConfig.from_resolved(run.config)
+    before = engine.ledger.last_committed(run.id)
+    if before is None:
+        raise Conflict(f"run {run.name}: it has no first base")
+    attempts = [r for r in engine.ledger.rounds(run.id, all_attempts=True) if r.round == number]
+    base = Model.of(before)
+    if attempts and attempts[-1].state in ("planned", "closed", "held") and not abandoning:
+        return Planned(config, run, attempts[-1], base, before)
+    attempt = attempts[-1].attempt + 1 if attempts else 1
+    row, plans = _draw_up(engine, run, config, before, base, number, attempt)
+    engine.ledger.plan_round(row, plans, abandoning=abandoning)
+    engine.ledger.carry_over(run.id, number, attempt)
+    return Planned(config, run, row, base, before)
+
+
+def cohort_of(engine: Engine, run: RunRow, config: RunConfig) -> tuple[str, ...]:
+    """The sites that are asked: enrolled, named by the run, and not gone from it for good."""
+    enrolled = {s.name for s in engine.ledger.sites() if s.state == "enrolled"}
+    wanted = sorted(enrolled) if config.cohort.sites == "all" else sorted(config.cohort.sites)
+    return tuple(s for s in wanted if s in enrolled and (run.id, s) not in engine.exchange.left)
+
+
+def _draw_up(
+    engine: Engine,
+    run: RunRow,
+    config: RunConfig,
+    before: RoundRow,
+    base: Model,
+    number: int,
+    attempt: int,
+) -> tuple[RoundRow, list[PlanRow]]:
+    cohort = cohort_of(engine, run, config)
+    asked = len(config.cohort.sites) if config.cohort.sites != "all" else len(cohort)
+    quorum = asked if config.cohort.quorum == "all" else config.cohort.quorum
+    if len(cohort) < max(1, quorum):
+        raise Conflict(
+            f"run {run.name}: {len(cohort)} sites can be asked ({', '.join(cohort) or 'none'}), "
+            f"but the quorum is {max(1, quorum)}; enrol more sites or lower [cohort] quorum",
+            key="cohort.quorum",
+        )
+    with engine.scratch(f"plan-{run.id}-{number}") as folder:
+        payloads = {}
+        for name, spec in before.summary.get("payloads", {}).items():
+            path = folder / spec["object"]
+            if not path.exists():
+                path.write_bytes(engine.store.get_bytes(spec["object"]))
+            payloads[name] = {**spec, "path": str(path)}
+        drawn = engine.ask(
+            "plan_round",
+            {
+                "stack": [c.model_dump(mode="json") for c in config.stack],
+                "memos": before.memos,
+                "payloads": payloads,
+                "draft": _draft(config, run, before, number, cohort),
+            },
+        )
+    manifest = engine.store.index(base.shared).manifest
+    draft = {
+        **drawn,
+        "quorum": quorum,
+        "manifest": manifest,
+        "groups": sorted({t.group for t in engine.store.manifest(manifest)}),
+        "frozen": base.frozen,
+        "covered": None,
+    }
+    row = RoundRow(
+        run=run.id,
+        round=number,
+        attempt=attempt,
+        base=base.shared,
+        draft=draft,
+        quorum=quorum,
+        deadline_s=config.cohort.deadline_s,
+        started=time.time(),
+    )
+    planned = Planned(config, run, row, base, before)
+    plans = [
+        plan_row(plan_for(engine, planned, site, "train", base.shared)) for site in drawn["cohort"]
+    ]
+    return row, plans
+
+
+def _draft(
+    config: RunConfig, run: RunRow, before: RoundRow, number: int, cohort: tuple[str, ...]
+) -> dict[str, Any]:
+    change = before.summary.get("relative_change")
+    schedule = Schedule(shape="constant", lr=config.local.lr)
+    return {
+        "round": number,
+        "rounds": run.rounds,
+        "cohort": list(cohort),
+        "work": config.local.work.model_dump(mode="json"),
+        "schedule": schedule.model_dump(mode="json"),
+        "optimizer": config.local.optimizer.model_dump(mode="json"),
+        "batch_size": config.local.batch_size,
+        "payload": {},
+        "last": {
+            "round": before.round,
+            "relative_change": change if change is not None and math.isfinite(change) else None,
+            "scores": before.summary.get("scores", {}),
+            "sites": before.summary.get("counted", []),
+        },
+    }
+
+
+def plan_for(
+    engine: Engine,
+    planned: Planned,
+    site: str,
+    kind: PlanKind,
+    base: str,
+    calibration: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan of one site."""
+    row, config, draft = planned.row, planned.config, planned.row.draft
+    return Plan(
+        run=row.run,
+        round=row.round,
+        attempt=row.attempt,
+        kind=kind,
+        site=site,
+        base=base,
+        manifest=draft["manifest"],
+        accepts=(base,),
+        frozen=draft["frozen"],
+        groups=None if draft["covered"] is None else tuple(draft["covered"]),
+        task=config.task,
+        stack=tuple(StrategyChoice.model_validate(c) for c in draft["stack"]),
+        payload=draft["payload"] if kind == "train" else {},
+        work=Work.model_validate(draft["work"]),
+        schedule=Schedule.model_validate(draft["schedule"]),
+        optimizer=OptimizerChoice.model_validate(draft["optimizer"]),
+        batch_size=draft["batch_size"],
+        seed=config.seed,
+        gradient_clip=config.local.gradient_clip,
+        last_counted=_last_counted(engine, planned, site, kind),
+        deadline_s=config.cohort.deadline_s,
+        calibration=calibration or {},
+    )
+
+
+def _last_counted(engine: Engine, planned: Planned, site: str, kind: PlanKind) -> str:
+    """The contribution whose state the site starts from, or evaluates with."""
+    row = planned.row
+    if kind != "train":
+        for mine in engine.ledger.contributions(row.run, row.round, row.attempt, "train"):
+            if mine.site == site:
+                return mine.digest
+    return engine.ledger.last_counted(row.run, site, before=row.round)
+
+
+def plan_row(made: Plan) -> PlanRow:
+    """A plan as the ledger keeps it."""
+    return PlanRow(
+        run=made.run,
+        round=made.round,
+        attempt=made.attempt,
+        kind=made.kind,
+        site=made.site,
+        plan=made.encode(),
+        work_digest=made.work_digest,
+    )

@@ -1,0 +1,94 @@
+"""Step 4: plug-ins change the candidate, each in a process without keys, network or time to waste."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from orchestrator.compute.config import Limits
+from orchestrator.rounds.engine import Candidate, Engine, Planned
+from orchestrator.rounds.gather import Closed
+from orchestrator.views import Plugin
+from protos.errors import FarflungError
+
+
+def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidate) -> Candidate:
+    """The candidate after every ``refine`` hook of the round, in order.
+
+    One that fails is skipped, with its reason in the ledger: the round's work is not thrown away.
+    With ``on_error = "hold"`` the round is to be held instead.
+    """
+    hooks = engine.ask("check_stack", {"stack": planned.stack})["hooks"]
+    for name in (c["name"] for c in planned.stack):
+        if "refine" not in hooks[name]:
+            continue
+        start = time.monotonic()
+        try:
+            candidate = _one(engine, planned, closed, candidate, name, start)
+        except FarflungError as error:
+            seconds = time.monotonic() - start
+            hold = planned.config.on_error == "hold"
+            state = "held" if hold else "skipped"
+            plugin = Plugin(name=name, state=state, reason=error.message, seconds=seconds)
+            candidate = replace(candidate, plugins=(*candidate.plugins, plugin))
+            text = f"strategy {name} was {state} in round {planned.row.round}: {error.message}"
+            engine.note("error", planned.run.id, planned.row.round, "", text)
+            if hold:
+                return replace(candidate, held=text)
+    return candidate
+
+
+def _one(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, name: str, start: float
+) -> Candidate:
+    limits = Limits(
+        seconds=engine.config.plugins.seconds,
+        memory_bytes=engine.config.plugins.memory_bytes,
+        threads=engine.workers,
+    )
+    with engine.scratch(f"refine-{planned.name}-{name}") as folder:
+        out = folder / "out"
+        out.mkdir()
+        payloads = {}
+        for key, spec in candidate.payloads.items():
+            path = folder / spec["object"]
+            if not path.exists():
+                path.write_bytes(engine.store.get_bytes(spec["object"]))
+            payloads[key] = {**spec, "path": str(path)}
+        value = engine.compute.isolated(
+            "refine",
+            {
+                "task": engine.task(planned.config),
+                "stack": planned.stack,
+                "seed": planned.config.seed,
+                "strategy": name,
+                "round": planned.row.round,
+                "parts": engine.part_args(folder, candidate.model),
+                "base": str(engine.store.path(planned.base.shared)),
+                "covered": planned.row.draft["covered"],
+                "sources": [
+                    {
+                        "site": c.site,
+                        "payload": str(engine.store.path(c.index)),
+                        "header": str(engine.header_file(folder, c)),
+                        "weights": [candidate.weights[c.site]],
+                    }
+                    for c in closed.contributions
+                ],
+                "payloads": payloads,
+                "memo": candidate.memos.get(name, {}),
+                "out": str(out),
+                "device": "cpu",
+            },
+            limits,
+        )
+        model = engine.adopt_parts(value["parts"])
+    plugin = Plugin(
+        name=name, state="done", seconds=time.monotonic() - start, report=value["report"]
+    )
+    return replace(
+        candidate,
+        model=replace(model, frozen=planned.base.frozen),
+        memos={**candidate.memos, name: value["memo"]},
+        plugins=(*candidate.plugins, plugin),
+    )

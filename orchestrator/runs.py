@@ -1,0 +1,162 @@
+"""The queue of runs: one runs at a time, in the order of submission; nothing ever blocks it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from orchestrator.config import RunConfig
+from orchestrator.ledger import RunRow
+from orchestrator.rounds.engine import Engine
+from orchestrator.rounds.first import first
+from orchestrator.rounds.page import Outcome, run_round
+from protos.errors import FarflungError, reference_id
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs the queue in a thread of its own.
+
+    Args:
+        engine: The daemon's parts.
+        changed: Called with a run's id when its view changed.
+    """
+
+    def __init__(self, engine: Engine, changed: Callable[[str], None]) -> None:
+        self._engine, self._changed = engine, changed
+        self._wake = threading.Condition()
+        self._ending = False
+        self._stop_now: set[str] = set()
+        self._stop_after: set[str] = set()
+        self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
+        self.current: str | None = None
+
+    def start(self) -> None:
+        """Begin: first with the run that was running when the daemon stopped."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be something new in the queue."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def end(self) -> None:
+        """Stop working; the run under way goes on with the next daemon."""
+        with self._wake:
+            self._ending = True
+            self._wake.notify_all()
+        self._engine.exchange.interrupt()
+        self._thread.join(timeout=30)
+
+    def stop(self, run: str, now: bool) -> None:
+        """Stop a run: after the round under way, or at once."""
+        ledger = self._engine.ledger
+        row = ledger.run(run)
+        if row.state == "queued" or (row.state == "paused"):
+            ledger.set_run(
+                row.id, state="stopped", reason="stopped by the operator", ended=time.time()
+            )
+            self._changed(row.id)
+            return
+        (self._stop_now if now else self._stop_after).add(row.id)
+        if now and self.current == row.id:
+            self._engine.exchange.interrupt()
+
+    # -- the thread -----------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        while True:
+            row = self._engine.ledger.running() or self._engine.ledger.next_queued()
+            with self._wake:
+                if self._ending:
+                    return
+                if row is None:
+                    self._wake.wait(timeout=60)
+                    continue
+            self.current = row.id
+            try:
+                self._run(row)
+            except FarflungError as error:
+                self._pause(row, error.message)
+            except Exception:
+                mark = reference_id()
+                log.exception("run %s: internal error %s", row.name, mark)
+                self._pause(row, f"an internal error; the daemon's log has it under {mark}")
+            finally:
+                self.current = None
+
+    def _run(self, row: RunRow) -> None:
+        ledger = self._engine.ledger
+        if row.state != "running":
+            row = ledger.set_run(
+                row.id, state="running", reason="", started=row.started or time.time()
+            )
+            self._changed(row.id)
+        abandoning, tries = "", 0
+        while not self._ending:
+            row = ledger.run(row.id)
+            last = ledger.last_committed(row.id)
+            number = last.round + 1 if last is not None else 0
+            if number > row.rounds:
+                ledger.set_run(row.id, state="finished", reason="", ended=time.time())
+                self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
+                return self._changed(row.id)
+            if row.id in self._stop_after or row.id in self._stop_now:
+                return self._stopped(row)
+            outcome = self._one(row, number, abandoning)
+            abandoning = ""
+            if outcome.state == "committed":
+                tries = 0
+                self._note("info", row, number, f"round {number} of {row.rounds} is committed")
+            elif outcome.state == "held":
+                return self._pause(row, outcome.reason)
+            elif outcome.state == "again":
+                tries, abandoning = tries + 1, outcome.reason
+                text = f"round {number}, attempt given up: {outcome.reason}"
+                self._note("error", row, number, text)
+                if (
+                    self._attempts(row, number)
+                    >= RunConfig.from_resolved(row.config).cohort.attempts
+                ):
+                    ledger.abandon_round(
+                        row.id, number, self._last_attempt(row, number), outcome.reason
+                    )
+                    return self._pause(row, f"round {number}: {outcome.reason}")
+            self._changed(row.id)
+        return None
+
+    def _one(self, row: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == 0:
+            return first(self._engine, row, abandoning)
+        return run_round(self._engine, row, number, abandoning)
+
+    def _attempts(self, row: RunRow, number: int) -> int:
+        """Attempts of a round since the run was last paused (each of them counts once)."""
+        rounds = self._engine.ledger.rounds(row.id, all_attempts=True)
+        return sum(1 for r in rounds if r.round == number)
+
+    def _last_attempt(self, row: RunRow, number: int) -> int:
+        rounds = self._engine.ledger.rounds(row.id, all_attempts=True)
+        return max(r.attempt for r in rounds if r.round == number)
+
+    def _stopped(self, row: RunRow) -> None:
+        self._stop_after.discard(row.id)
+        self._stop_now.discard(row.id)
+        ledger = self._engine.ledger
+        for attempt in ledger.open_rounds():
+            if attempt.run == row.id:
+                ledger.abandon_round(row.id, attempt.round, attempt.attempt, "the run was stopped")
+        ledger.set_run(row.id, state="stopped", reason="stopped by the operator", ended=time.time())
+        self._note("warning", row, None, f"run {row.name} was stopped by the operator")
+        self._changed(row.id)
+
+    def _pause(self, row: RunRow, reason: str) -> None:
+        self._engine.ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
+        self._note("error", row, None, f"run {row.name} is paused: {reason}")
+        self._changed(row.id)
+
+    def _note(self, level: str, row: RunRow, round: int | None, text: str) -> None:
+        self._engine.note(level, row.id, round, "", text)

@@ -1,0 +1,369 @@
+"""The two services that sites reach. Handlers translate, write and hash; the round is elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import grpc
+
+from orchestrator import __version__
+from orchestrator.doorkeeper import Doorkeeper
+from orchestrator.home import Home
+from orchestrator.intake import Intake
+from orchestrator.ledger import Ledger
+from orchestrator.sessions import Session, Sessions
+from orchestrator.store import Store
+from orchestrator.views import WorkState
+from protos.chunks import read_chunks
+from protos.contribution import Header
+from protos.errors import (
+    ContributionRefused,
+    FarflungError,
+    InvalidInput,
+    ManifestInvalid,
+    NotEnrolled,
+    NotFound,
+    RoundClosed,
+    TokenUsed,
+)
+from protos.identity import (
+    SITE_LIFE,
+    Identity,
+    certificate_pem,
+    fingerprint,
+    issue,
+    load_certificate,
+    requested_key,
+)
+from protos.plan import Plan
+from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+
+STATES: dict[int, WorkState] = {
+    site_pb2.Progress.WAITING: "waiting",
+    site_pb2.Progress.PREPARING: "preparing",
+    site_pb2.Progress.FETCHING: "fetching",
+    site_pb2.Progress.TRAINING: "training",
+    site_pb2.Progress.ENCODING: "encoding",
+    site_pb2.Progress.SENDING: "sending",
+}
+
+ANSWERED = {
+    "counted": common_pb2.Answer.COUNTED,
+    "late": common_pb2.Answer.LATE,
+    "refused": common_pb2.Answer.REFUSED,
+    "failed": common_pb2.Answer.REFUSED,
+    "left": common_pb2.Answer.REFUSED,
+}
+
+
+class Listener(Protocol):
+    """Who wants to know what the sites do: the round under way."""
+
+    def progress(self, site: str, plan_id: str, state: WorkState, said: site_pb2.Progress) -> None:
+        """A site said where it is."""
+
+    def counted(self, site: str, plan_id: str, header_digest: str) -> None:
+        """A contribution is durable and counts."""
+
+    def failed(self, site: str, plan_id: str, error: str, message: str, how: str) -> None:
+        """A plan ended without a contribution: refused, failed or left."""
+
+    def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
+        """Payload bytes moved, seen from the site."""
+
+    def left_run(self, site: str, run: str) -> None:
+        """A site takes no further part in a run."""
+
+
+class ControlService(site_pb2_grpc.ControlServicer):
+    """Enrol, and the long-lived streams."""
+
+    def __init__(
+        self,
+        home: Home,
+        ledger: Ledger,
+        doorkeeper: Doorkeeper,
+        sessions: Sessions,
+        listener: Listener,
+        heartbeat_s: float,
+    ) -> None:
+        self._home, self._ledger, self._doorkeeper = home, ledger, doorkeeper
+        self._sessions, self._listener = sessions, listener
+        self._heartbeat_s = heartbeat_s
+        self._authority = home.authority()
+        self._enrolling = threading.Lock()
+
+    def Enroll(
+        self, request: site_pb2.EnrollRequest, context: grpc.ServicerContext
+    ) -> site_pb2.EnrollReply:
+        """A certificate: for a join token's bootstrap certificate once, or to renew a site's own."""
+        caller = self._doorkeeper.caller(context)
+        key = requested_key(request.signing_request)
+        federation = caller.identity.federation
+        with self._enrolling:
+            if caller.identity.role == "bootstrap":
+                token = self._ledger.token(caller.identity.name)
+                if token is None:
+                    raise TokenUsed("join token: unknown here; ask the operator for a new one")
+                if token.used is not None and token.fingerprint:
+                    reply = self._again(token.fingerprint, token.site, request.signing_request)
+                    if reply is not None:
+                        return reply
+                site = token.site
+            elif caller.identity.role == "site":
+                site = self._doorkeeper.site(context).identity.name
+            else:
+                raise NotEnrolled("certificate: an orchestrator does not enrol")
+            certificate = issue(self._authority, key, Identity(federation, "site", site), SITE_LIFE)
+            pem, mark = certificate_pem(certificate), fingerprint(certificate)
+            expires = certificate.not_valid_after_utc.timestamp()
+            if caller.identity.role == "bootstrap":
+                self._ledger.use_token(
+                    caller.identity.name,
+                    fingerprint=mark,
+                    certificate_pem=pem,
+                    expires=expires,
+                    site=site,
+                )
+            else:
+                self._ledger.renew(site, caller.fingerprint, mark, pem, expires)
+        log.info("site %s enrolled", site, extra={"site": site})
+        return self._reply(pem, site)
+
+    def _again(self, mark: str, site: str, signing_request: bytes) -> site_pb2.EnrollReply | None:
+        """The same answer for the same key, where the first one got lost on the way."""
+        known = self._ledger.certificate(mark)
+        if known is None:
+            return None
+        certified = load_certificate(known.pem).public_key()
+        return self._reply(known.pem, site) if certified == requested_key(signing_request) else None
+
+    def _reply(self, pem: bytes, site: str) -> site_pb2.EnrollReply:
+        authority = certificate_pem(self._authority[1])
+        return site_pb2.EnrollReply(certificate=pem, authority=authority, site=site)
+
+    def Attach(
+        self, request_iterator: Iterator[site_pb2.FromSite], context: grpc.ServicerContext
+    ) -> Iterator[site_pb2.ToSite]:
+        """One site's stream: what it says is read in a thread of its own, what it is told is yielded."""
+        caller = self._doorkeeper.site(context)
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("kind") != "hello":
+            raise InvalidInput("stream: the first message must be hello")
+        hello = first.hello
+        if hello.protocol != PROTOCOL:
+            raise InvalidInput(
+                f"site {caller.identity.name}: its agent ({hello.version}) speaks protocol "
+                f"{hello.protocol}, this orchestrator ({__version__}) speaks {PROTOCOL}; "
+                "upgrade the older one"
+            )
+        session = Session(caller.identity.name, caller.fingerprint, hello, paused=hello.paused)
+        session.send(
+            site_pb2.ToSite(
+                welcome=site_pb2.Welcome(
+                    federation=caller.identity.federation,
+                    version=__version__,
+                    protocol=PROTOCOL,
+                    heartbeat_s=self._heartbeat_s,
+                )
+            )
+        )
+        self._sessions.attach(session)
+        reader = threading.Thread(
+            target=self._read, args=(session, request_iterator), name=f"site-{session.site}"
+        )
+        reader.daemon = True
+        reader.start()
+        for row in self._ledger.open_plans(session.site):
+            session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan)))
+        context.add_callback(session.end)
+        try:
+            yield from session.outgoing()
+        finally:
+            self._sessions.detach(session)
+
+    def _read(self, session: Session, said: Iterator[site_pb2.FromSite]) -> None:
+        try:
+            for message in said:
+                session.last_seen = time.monotonic()
+                self._hear(session, message)
+        except grpc.RpcError:
+            pass  # the stream broke; its end is handled where it is written
+        except Exception:
+            log.exception("site %s: its stream is ended", session.site)
+        finally:
+            session.end()
+
+    def _hear(self, session: Session, message: site_pb2.FromSite) -> None:
+        kind, site = message.WhichOneof("kind"), session.site
+        if kind == "heartbeat":
+            session.paused = message.heartbeat.paused
+        elif kind == "progress":
+            said = message.progress
+            state = STATES.get(said.state)
+            if state is not None:
+                self._listener.progress(site, said.plan_id, state, said)
+        elif kind == "outcome":
+            outcome = message.outcome
+            row = self._ledger.plan(outcome.plan_id, site)
+            if row is not None and not row.answer:
+                self._ledger.answer_plan(
+                    outcome.plan_id, site, "failed", outcome.error[:64], outcome.message[:2000]
+                )
+                self._listener.failed(
+                    site, outcome.plan_id, outcome.error[:64], outcome.message[:2000], "failed"
+                )
+        elif kind == "leave":
+            self._listener.left_run(site, message.leave.run)
+
+
+class BulkService(site_pb2_grpc.BulkServicer):
+    """Models down, contributions up."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: Store,
+        doorkeeper: Doorkeeper,
+        intake: Intake,
+        listener: Listener,
+    ) -> None:
+        self._ledger, self._store = ledger, store
+        self._doorkeeper, self._intake, self._listener = doorkeeper, intake, listener
+
+    def FetchModel(
+        self, request: site_pb2.FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[site_pb2.FetchReply]:
+        """The index, the manifest, and the missing chunks of an artefact of an open plan."""
+        site = self._doorkeeper.site(context).identity.name
+        named = set[str]()
+        for row in self._ledger.open_plans(site):
+            plan = Plan.decode(row.plan)
+            named |= {plan.base, plan.frozen, *plan.accepts}
+        if not request.digest or request.digest not in named:
+            raise NotEnrolled(
+                f"site {site}: no open plan of it names the model {request.digest[:12]}", site=site
+            )
+        index = self._store.index(request.digest)
+        manifest = self._store.manifest(index.manifest)
+        head = site_pb2.ArtefactHead(index=index.encoded, manifest=manifest.encoded)
+        yield site_pb2.FetchReply(head=head)
+        ranges = [(r.first, r.end) for r in request.missing]
+        if not index.chunks:
+            return
+        for number, data in read_chunks(self._store.path(request.digest), index, ranges):
+            yield site_pb2.FetchReply(chunk=common_pb2.Chunk(number=number, data=data))
+            self._listener.moved(site, received=len(data))
+
+    def Contribute(
+        self,
+        request_iterator: Iterator[site_pb2.ContributeRequest],
+        context: grpc.ServicerContext,
+    ) -> common_pb2.Answer:
+        """One contribution; the answer is final."""
+        caller = self._doorkeeper.site(context)
+        site = caller.identity.name
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("kind") != "head":
+            raise InvalidInput("contribution: the first message must be the head")
+        plan_id = ""
+        try:
+            announced = self._intake.announce(caller, first.head)
+            plan_id = announced.header.plan_id
+            settled = self._settled(plan_id, site, announced.header.digest)
+            if settled is not None:
+                return settled
+            file = self._intake.open(announced)
+            with file:
+                chunks = (m.chunk for m in request_iterator if m.WhichOneof("kind") == "chunk")
+                received = self._intake.receive(file, chunks, site)
+                self._listener.moved(site, sent=received)
+                if not file.complete:
+                    missing = sum(end - first for first, end in file.missing())
+                    raise InvalidInput(
+                        f"site {site}: {missing} chunks are missing; send them", site=site
+                    )
+                answer = self._intake.complete(announced, file, caller)
+        except FarflungError as error:
+            if not _final(error):
+                raise
+            return self._refuse(site, plan_id or _plan_of(first.head.header), error)
+        if answer.verdict == common_pb2.Answer.COUNTED:
+            self._listener.counted(site, answer.plan_id, answer.contribution)
+        return answer
+
+    def _settled(self, plan_id: str, site: str, contribution: str) -> common_pb2.Answer | None:
+        row = self._ledger.plan(plan_id, site)
+        if row is None or row.answer != "counted":
+            return None
+        if row.contribution == contribution:
+            return _answer("counted", plan_id, contribution)
+        return _answer(
+            "refused", plan_id, contribution, "Conflict", f"site {site}: another one was counted"
+        )
+
+    def _refuse(self, site: str, plan_id: str, error: FarflungError) -> common_pb2.Answer:
+        name = type(error).__name__
+        log.warning("contribution refused: %s", error.message, extra={"site": site})
+        if self._ledger.plan(plan_id, site) is not None:
+            self._ledger.answer_plan(plan_id, site, "refused", name, error.message)
+            self._listener.failed(site, plan_id, name, error.message, "refused")
+        return _answer("refused", plan_id, "", name, error.message)
+
+    def ContributionStatus(
+        self, request: site_pb2.StatusRequest, context: grpc.ServicerContext
+    ) -> site_pb2.StatusReply:
+        """What is missing of the caller's contribution, or its final answer."""
+        caller = self._doorkeeper.site(context)
+        site = caller.identity.name
+        row = self._ledger.plan(request.plan_id, site)
+        if row is not None and row.answer in ("counted", "late", "refused"):
+            return site_pb2.StatusReply(
+                known=True,
+                answer=_answer(
+                    row.answer, request.plan_id, row.contribution, row.error, row.message
+                ),
+            )
+        missing = self._intake.missing(caller, request.plan_id)
+        return site_pb2.StatusReply(
+            known=missing is not None,
+            missing=[common_pb2.ChunkRange(first=a, end=b) for a, b in missing or ()],
+        )
+
+
+def _answer(
+    verdict: str, plan_id: str, contribution: str, error: str = "", message: str = ""
+) -> common_pb2.Answer:
+    return common_pb2.Answer(
+        verdict=ANSWERED[verdict],  # type: ignore[arg-type]
+        error=error,
+        message=message,
+        plan_id=plan_id,
+        contribution=contribution,
+    )
+
+
+def _final(error: FarflungError) -> bool:
+    """Whether sending the same again can't help: such an answer empties the outbox."""
+    return isinstance(error, ContributionRefused | ManifestInvalid | NotFound | RoundClosed)
+
+
+def _plan_of(header: bytes) -> str:
+    try:
+        return Header.decode(header).plan_id
+    except FarflungError:
+        return ""
+
+
+def number_or_none(value: float) -> float | None:
+    """A number of a message; None for NaN and infinities, which stand for "not known"."""
+    return value if math.isfinite(value) else None

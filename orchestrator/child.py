@@ -212,3 +212,11 @@ def marked(variable: str, value: str) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue  # gone, another user's, or a kernel thread
     return found
+
+
+def program(command: str, module: str) -> list[str]:
+    """An installed command of this Python's environment, or the same by its module."""
+    script = Path(sys.executable).parent / command
+    if script.is_file():
+        return [str(script)]
+    return [sys.executable, "-c", f"from {module} import main; main()"]

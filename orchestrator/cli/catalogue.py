@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.options import Json
 from orchestrator.cli.output import print_json, say
-
-if TYPE_CHECKING:
-    from strategies.protocol import Strategy
 
 
 def complete_strategy(incomplete: str) -> list[str]:
@@ -41,6 +38,7 @@ def strategies(
     Example: `farflung strategies co_learning`
     """
     from protos.errors import NotFound
+    from strategies.listing import describe, listing
     from strategies.registry import catalogue
 
     known = catalogue()
@@ -51,46 +49,30 @@ def strategies(
         hint = f"; did you mean {near[0]}?" if near else ""
         raise NotFound(f"strategy: there is no {name}{hint}", name=name)
     if name:
-        facts = facts_of(known[name])
+        facts = describe(known[name])
         if as_json:
             print_json(facts)
         else:
             _explain(facts)
         return
-    rows = [facts_of(cls) for cls in known.values()]
+    rows = listing()
     if as_json:
         print_json({"strategies": rows})
     else:
         _list(rows)
 
 
-def facts_of(cls: type[Strategy]) -> dict[str, Any]:
-    """Everything that a strategy says about itself, as JSON."""
-    from inspect import cleandoc
-
-    schema = cls.model_json_schema()
-    return {
-        "name": cls.name,
-        "summary": cls.summary,
-        "family": cls.family,
-        "hooks": list(cls.hooks()),
-        "needs": sorted(cls.needs),
-        "paper": cls.paper,
-        "wire_codec": cls.wire_codec,
-        "from": cls.__module__,
-        "parameters": {
-            key: {k: v for k, v in entry.items() if k != "title"}
-            for key, entry in schema.get("properties", {}).items()
-        },
-        "text": cleandoc(cls.__doc__ or ""),
-    }
+def _check(row: dict[str, Any]) -> str:
+    """Whether the paper's claim was seen to hold, of the row that stands beside the method."""
+    check = row["check"]
+    return f"row {check['row']}: {check['reproduced']}" if check else "–"
 
 
 def _list(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("name", "what it does", "family", "hooks", "needs"):
+    for title in ("name", "what it does", "family", "hooks", "needs", "claim holds"):
         table.add_column(title, overflow="fold", no_wrap=title == "name")
     for row in rows:
         table.add_row(
@@ -99,19 +81,23 @@ def _list(rows: list[dict[str, Any]]) -> None:
             row["family"],
             " ".join(row["hooks"]),
             ", ".join(row["needs"]) or "–",
+            _check(row),
         )
     say(table)
 
 
 def _explain(facts: dict[str, Any]) -> None:
-    say(f"{facts['name']}  ({facts['family']})", "", facts["text"], "")
+    from orchestrator.toml_text import literal
+
+    say(f"{facts['name']}  ({facts['family']})", "", facts["doc"], "")
     for title in ("paper", "hooks", "needs"):
         value = facts[title]
         if value:
             say(f"{title}: {value if isinstance(value, str) else ', '.join(value)}")
-    say("", "in a run file:", "[[strategy]]", f'name = "{facts["name"]}"')
-    from orchestrator.toml_text import literal
-
-    for key, entry in facts["parameters"].items():
-        if entry.get("default") is not None:
-            say(f"{key} = {literal(entry['default'])}")
+    if facts["check"]:
+        say(f"claim: {facts['check']['claim']} Reproduced: {facts['check']['reproduced']}.")
+    say("", "In a run file:", "", "[[strategy]]", f'name = "{facts["name"]}"')
+    for field in facts["fields"]:
+        if field["default"] is not None:
+            bounds = f"   # {field['constraints']}" if field["constraints"] else ""
+            say(f"{field['name']} = {literal(field['default'])}{bounds}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -58,7 +59,8 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
         self.round_views = [a_round(1), a_round(2)]
         self.events: list[views.Event] = []
         self.files: list[tuple[str, bytes]] = []
-        self.hold = threading.Event()
+        self.live: queue.Queue[views.Event | None] = queue.Queue()
+        self.looked: queue.Queue[str] = queue.Queue()
         self.following = threading.Event()
 
     def Status(self, request: Any, context: Any) -> Any:
@@ -94,6 +96,7 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
         return view(self.run_views)
 
     def Run(self, request: Any, context: Any) -> Any:
+        self.looked.put(request.run)
         for run in self.run_views:
             if request.run in (run.id, run.name):
                 return view(run)
@@ -109,8 +112,9 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
                 yield view(event)
         self.following.set()
         if request.follow:
-            context.add_callback(self.hold.set)
-            self.hold.wait(30)
+            context.add_callback(lambda: self.live.put(None))
+            while (event := self.live.get(timeout=30)) is not None:
+                yield view(event)
 
     def Stop(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
@@ -142,5 +146,5 @@ def fake_daemon(home: Path) -> Iterator[FakeOperator]:
         try:
             yield operator
         finally:
-            operator.hold.set()
+            operator.live.put(None)
             server.stop(None).wait()

@@ -213,7 +213,6 @@ class Intake:
                 tensor=bad,
             )
         self._store.adopt(announced.index, file.path)
-        self._store.put_bytes(announced.encoded)
         acceptance = self._ledger.accept(
             ContributionRow(
                 digest=header.digest,

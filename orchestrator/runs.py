@@ -117,10 +117,7 @@ class Runner:
                 tries, abandoning = tries + 1, outcome.reason
                 text = f"round {number}, attempt given up: {outcome.reason}"
                 self._note("error", row, number, text)
-                if (
-                    self._attempts(row, number)
-                    >= RunConfig.from_resolved(row.config).cohort.attempts
-                ):
+                if tries >= RunConfig.from_resolved(row.config).cohort.attempts:
                     ledger.abandon_round(
                         row.id, number, self._last_attempt(row, number), outcome.reason
                     )
@@ -132,11 +129,6 @@ class Runner:
         if number == 0:
             return first(self._engine, row, abandoning)
         return run_round(self._engine, row, number, abandoning)
-
-    def _attempts(self, row: RunRow, number: int) -> int:
-        """Attempts of a round since the run was last paused (each of them counts once)."""
-        rounds = self._engine.ledger.rounds(row.id, all_attempts=True)
-        return sum(1 for r in rounds if r.round == number)
 
     def _last_attempt(self, row: RunRow, number: int) -> int:
         rounds = self._engine.ledger.rounds(row.id, all_attempts=True)

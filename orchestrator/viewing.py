@@ -41,7 +41,7 @@ class Viewing:
         hello = session.hello if session is not None else None
         return Site(
             name=row.name,
-            state=self._site_state(row, session),  # type: ignore[arg-type]
+            state=self._site_state(row, session),
             since=session.since if session else self._sessions.last_seen.get(row.name),
             certificate_expires=row.certificate_expires,
             version=hello.version if hello else "",
@@ -97,7 +97,7 @@ class Viewing:
             base=row.base,
             model=row.model,
             work={k: v for k, v in draft.get("work", {}).items() if v is not None},
-            learning_rate=tuple(rate) if rate else None,  # type: ignore[arg-type]
+            learning_rate=tuple(rate) if rate else None,
             relative_change=summary.get("relative_change"),
             scores=summary.get("scores", {}),
             seconds=summary.get("seconds", {})
@@ -247,10 +247,10 @@ def _eta(row: RunRow, history: list[RoundRow]) -> float | None:
     if row.state != "running" or not history:
         return None
     recent = history[-3:]
-    spent = [r.summary.get("finished", r.started) - r.started for r in recent]
-    left = row.rounds - len(history)
+    spent = [float(r.summary.get("finished", r.started)) - r.started for r in recent]
     pace = sum(spent) / len(spent)
-    return max(0.0, left * pace - (time.time() - recent[-1].summary.get("finished", time.time())))
+    since = time.time() - float(recent[-1].summary.get("finished", time.time()))
+    return max(0.0, (row.rounds - len(history)) * pace - since)
 
 
 def _duration(seconds: float) -> str:

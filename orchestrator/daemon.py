@@ -1,0 +1,395 @@
+"""``farflung serve``: puts the parts together, keeps them alive, takes them apart."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import grpc
+
+from orchestrator import __version__
+from orchestrator.arithmetic import FUNCTIONS
+from orchestrator.board import Board
+from orchestrator.client import OperatorClient
+from orchestrator.compute.client import ComputeClient
+from orchestrator.compute.config import ComputeConfig
+from orchestrator.doorkeeper import Doorkeeper
+from orchestrator.exchange import Exchange
+from orchestrator.home import Home, split_address
+from orchestrator.intake import Intake
+from orchestrator.ledger import EventLog, Ledger, PlanRow
+from orchestrator.operator_service import OperatorService
+from orchestrator.operator_socket import OperatorSocket
+from orchestrator.rounds.engine import Engine
+from orchestrator.runs import Runner
+from orchestrator.sessions import Sessions
+from orchestrator.site_service import BulkService, ControlService
+from orchestrator.store import Store
+from orchestrator.viewing import Viewing
+from orchestrator.views import Daemon as DaemonView
+from orchestrator.views import Event
+from protos.contribution import Header
+from protos.errors import Unavailable
+from protos.identity import certificate_pem
+from protos.plan import Plan
+from protos.rpc import ErrorInterceptor
+from protos.v1 import operator_pb2_grpc, site_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SITE_THREADS = 512
+"""A stream holds one, a transfer another; they cost nothing until they are used."""
+
+MESSAGE_BYTES = 16 << 20
+
+SITE_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server would otherwise share the port in silence
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class Daemon:
+    """All parts of a running orchestrator.
+
+    Args:
+        path: Its home folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.home = Home(path)
+        self.home.require()
+        self._closing = ExitStack()
+        self._started = time.time()
+        self._compute_state: tuple[str, str] = ("starting", "")
+        self._ended = threading.Event()
+        self.address = ""
+        self.dashboard = ""
+
+    def start(self) -> None:
+        """Start everything; Ray comes up while sites are already connecting."""
+        home = self.home
+        self._closing.callback(home.lock().close)
+        home.make_folders()
+        config = self.config = home.config
+        self.ledger = Ledger.open(home.ledger)
+        self._closing.callback(self.ledger.close)
+        self.events = EventLog(home.progress)
+        self._closing.callback(self.events.close)
+        self._put_deadlines_off()
+        self.store = Store(home.store)
+        self.store.clean()
+        workers = config.ray.cpus or max(1, (os.cpu_count() or 2) - 1)
+        self.compute = ComputeClient(
+            ComputeConfig(
+                num_cpus=workers,
+                object_store_memory_bytes=config.ray.object_store_bytes,
+                functions=FUNCTIONS,
+                preload=("orchestrator.arithmetic.preload",),
+                hidden=(str(home.keys), str(home.run)),
+                private_networks=config.ray.private_networks,
+            ),
+            log=home.log / "compute.log",
+            on_event=self._on_compute,
+        )
+        self.board = Board(self._publish_round)
+        self.exchange = Exchange(
+            self.ledger, self.board, config.sites.grace_s, self._note_about_site
+        )
+        self.sessions = Sessions(config.sites.gone_s, self._attached, self._gone)
+        self.exchange.sessions = self.sessions
+        self.viewing = Viewing(self.ledger, self.board, self.sessions)
+        self.engine = Engine(
+            home=home,
+            config=config,
+            ledger=self.ledger,
+            store=self.store,
+            compute=self.compute,
+            board=self.board,
+            exchange=self.exchange,
+            note=self.note,
+            publish=self._publish_round,
+            workers=workers,
+        )
+        self.runner = Runner(self.engine, self.changed)
+        self.compute.start()
+        self._closing.callback(self.compute.stop)
+        self._serve_sites()
+        self._serve_operators()
+        self._serve_page()
+        self.runner.start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self.note("info", "", None, "", f"the daemon started, sites dial {self.address}")
+
+    def stop(self) -> None:
+        """Stop everything; what is open goes on with the next start."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self.runner.end()
+        self.sessions.drain("the orchestrator is stopping")
+        self._closing.close()
+
+    # -- servers ----------------------------------------------------------------------------------
+
+    def _serve_sites(self) -> None:
+        home, config = self.home, self.config
+        doorkeeper = Doorkeeper(self.ledger, home.federation)
+        intake = Intake(self.ledger, self.store, home.spool, self._check_blocks)
+        server = grpc.server(
+            ThreadPoolExecutor(SITE_THREADS, thread_name_prefix="site-rpc"),
+            interceptors=[ErrorInterceptor()],
+            options=SITE_OPTIONS,
+        )
+        control = ControlService(
+            home, self.ledger, doorkeeper, self.sessions, self.exchange, config.sites.heartbeat_s
+        )
+        bulk = BulkService(self.ledger, self.store, doorkeeper, intake, self.exchange)
+        site_pb2_grpc.add_ControlServicer_to_server(control, server)
+        site_pb2_grpc.add_BulkServicer_to_server(bulk, server)
+        host, _ = split_address(config.listen.bind)
+        hosts = tuple(dict.fromkeys([*config.listen.hosts, host]))
+        if config.listen.address:
+            hosts = tuple(dict.fromkeys([split_address(config.listen.address)[0], *hosts]))
+        credentials = grpc.ssl_server_credentials(
+            [home.server_certificate(hosts)],
+            root_certificates=certificate_pem(home.authority()[1]),
+            require_client_auth=True,
+        )
+        try:
+            port = server.add_secure_port(config.listen.bind, credentials)
+        except RuntimeError:
+            raise Unavailable(
+                f"listen.bind: {config.listen.bind} can't be bound; is another server there?",
+                key="listen.bind",
+            ) from None
+        server.start()
+        self._closing.callback(lambda: server.stop(grace=1.0).wait())
+        self.address = config.listen.address or f"{_dialled(host)}:{port}"
+
+    def _serve_operators(self) -> None:
+        where = OperatorSocket(self.home.path)
+        where.path.unlink(missing_ok=True)
+        server = grpc.server(
+            ThreadPoolExecutor(64, thread_name_prefix="operator-rpc"),
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        service = OperatorService(
+            self.engine,
+            self.runner,
+            self.sessions,
+            self.viewing,
+            self.events,
+            self.status,
+            self.changed,
+            lambda: self.address,
+        )
+        operator_pb2_grpc.add_OperatorServicer_to_server(service, server)
+        before = os.umask(0o177)
+        try:
+            server.add_insecure_port(where.target)
+            server.start()
+        finally:
+            os.umask(before)
+        self._closing.callback(where.close)
+        self._closing.callback(lambda: server.stop(grace=0.5).wait())
+
+    def _serve_page(self) -> None:
+        if self.config.dashboard.port < 0:
+            return
+        from orchestrator.dashboard.app import serve as serve_page
+
+        operator = OperatorClient(self.home.path)
+        self._closing.callback(operator.close)
+        page = serve_page(operator, self.config.dashboard.host, self.config.dashboard.port)
+        self._closing.callback(page.stop)
+        self.dashboard = page.url
+
+    # -- what the parts tell one another ------------------------------------------------------------
+
+    def note(self, level: str, run: str, round: int | None, site: str, text: str) -> None:
+        """Something that an operator should read: into the log and the event stream."""
+        log.log(
+            {"error": logging.ERROR, "warning": logging.WARNING}.get(level, logging.INFO),
+            text,
+            extra={"run": run, "round": round, "site": site},
+        )
+        self._append(
+            Event(
+                number=0,
+                time=time.time(),
+                kind="log",
+                run=run,
+                round=round,
+                site=site,
+                level=level if level in ("warning", "error") else "info",
+                text=text,
+            )
+        )
+
+    def _note_about_site(self, level: str, site: str, text: str) -> None:
+        run, number, _ = self.board.key
+        self.note(level, run, number if run else None, site, text)
+
+    def changed(self, run: str) -> None:
+        """A run's view changed."""
+        view = self.viewing.run(run)
+        self._append(
+            Event(
+                number=0,
+                time=time.time(),
+                kind="run",
+                run=run,
+                text=view.headline,
+                data=view.model_dump(mode="json"),
+            )
+        )
+        self._publish_round()
+
+    def _publish_round(self) -> None:
+        if self._ended.is_set() or not hasattr(self, "engine"):
+            return
+        view = self.viewing.current_round()
+        if view is not None:
+            self._append(
+                Event(
+                    number=0,
+                    time=time.time(),
+                    kind="round",
+                    run=view.run,
+                    round=view.round,
+                    data=view.model_dump(mode="json"),
+                )
+            )
+
+    def _publish_site(self, site: str, text: str) -> None:
+        if self._ended.is_set():
+            return
+        view = self.viewing.site(site)
+        self._append(
+            Event(
+                number=0,
+                time=time.time(),
+                kind="site",
+                site=site,
+                text=text,
+                data=view.model_dump(mode="json"),
+            )
+        )
+
+    def _append(self, event: Event) -> None:
+        self.events.append(event)
+
+    def _attached(self, site: str) -> None:
+        self.exchange.attached(site)
+        self._publish_site(site, f"site {site} is attached")
+
+    def _gone(self, site: str) -> None:
+        self.exchange.gone(site)
+        self._publish_site(site, f"site {site} is gone")
+
+    def _on_compute(self, kind: str, facts: dict[str, Any]) -> None:
+        detail = str(facts.get("message") or facts.get("reason") or facts.get("confinement") or "")
+        state = {"ready": "ready", "failed": "failed"}.get(kind, "starting")
+        self._compute_state = (state, detail)
+        level = "info" if kind == "ready" else "error" if kind == "failed" else "warning"
+        self.note(level, "", None, "", f"compute: {kind}{': ' + detail if detail else ''}")
+
+    def _check_blocks(
+        self, row: PlanRow, header: Header, header_file: Path, payload: Path
+    ) -> tuple[float | None, str]:
+        plan = Plan.decode(row.plan)
+        with self.engine.scratch("check") as folder:
+            value = self.engine.ask(
+                "check_blocks",
+                {
+                    "manifest": str(self.engine.manifest_file(folder, plan.manifest)),
+                    "covered": None if plan.groups is None else list(plan.groups),
+                    "stack": [c.model_dump(mode="json") for c in plan.stack],
+                    "header": str(header_file),
+                    "payload": str(payload),
+                    "site": header.site,
+                },
+            )
+        return value["norm"], value["bad"]
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def status(self) -> DaemonView:
+        """The daemon as a view."""
+        runs = self.ledger.runs()
+        state, detail = self._compute_state
+        return DaemonView(
+            federation=self.home.federation,
+            version=__version__,
+            address=self.address,
+            dashboard=self.dashboard,
+            home=str(self.home.path),
+            compute=state,
+            compute_detail=detail,
+            started=self._started,
+            sites=sum(1 for s in self.ledger.sites() if s.state == "enrolled"),
+            attached=len(self.sessions.all()),
+            queued=sum(1 for r in runs if r.state == "queued"),
+            running=next((r.name for r in runs if r.state == "running"), None),
+        )
+
+    def _put_deadlines_off(self) -> None:
+        """Time with the daemon down does not count against a round."""
+        last = self.events.last_heartbeat()
+        down = max(0.0, time.time() - last) if last is not None else 0.0
+        for row in self.ledger.open_rounds():
+            if row.state == "planned" and down:
+                self.ledger.extend_deadline(row.run, row.round, row.attempt, down)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(1.0):
+            self.events.heartbeat(time.time())
+
+
+def _dialled(host: str) -> str:
+    """What a site may dial for an address that was bound."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104
+
+
+def serve(path: Path, ready: Callable[[DaemonView], None] | None = None) -> None:
+    """Run a daemon until SIGTERM or SIGINT.
+
+    Args:
+        path: The home folder.
+        ready: Called once sites, operators and browsers can reach it.
+    """
+    from orchestrator.logs import log_to
+
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    daemon = Daemon(path)
+    log_to(daemon.home.log)
+    try:
+        daemon.start()
+        if ready is not None:
+            ready(daemon.status())
+        ended.wait()
+    finally:
+        daemon.stop()

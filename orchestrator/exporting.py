@@ -1,0 +1,125 @@
+"""An export: everything that somebody needs to use a committed model without us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.launching import committed_round
+from orchestrator.ledger import RoundRow, RunRow
+from orchestrator.rounds.engine import Engine, Model
+from protos.digest import canonical
+
+
+@contextmanager
+def exported(engine: Engine, name: str, which: str) -> Iterator[list[Path]]:
+    """The files of an export, in a folder that is gone afterwards.
+
+    model.safetensors (with the manifest in its metadata), manifest.json, calibration.json,
+    config.json and MODEL_CARD.md.
+
+    Args:
+        engine: The daemon's parts.
+        name: The run.
+        which: A round, "best", or empty for the last.
+    """
+    run = engine.ledger.run(name)
+    row = committed_round(engine, run, which)
+    model = Model.of(row)
+    with engine.scratch(f"export-{run.id}-{row.round}") as folder:
+        out = folder / "out"
+        out.mkdir()
+        parts = list(engine.part_args(folder, model).values())
+        facts = engine.ask(
+            "to_safetensors",
+            {
+                "parts": parts,
+                "out": str(out / "model.safetensors"),
+                "metadata": {
+                    "farflung.run": run.id,
+                    "farflung.round": str(row.round),
+                    "farflung.model": model.shared,
+                    "farflung.version": __version__,
+                },
+            },
+        )
+        manifest = engine.store.manifest(engine.store.index(model.shared).manifest)
+        _write(out / "manifest.json", json.loads(manifest.encoded))
+        _write(
+            out / "calibration.json",
+            {
+                "run": run.id,
+                "round": row.round,
+                "model": model.shared,
+                "maps": row.summary.get("calibration", {}),
+            },
+        )
+        _write(out / "config.json", run.config)
+        (out / "MODEL_CARD.md").write_text(card(engine, run, row, model, facts))
+        yield sorted(out.iterdir())
+
+
+def _write(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[str, Any]) -> str:
+    """The model card: what it is, how it was made, how good it is, what not to believe."""
+    summary = row.summary
+    scores = summary.get("scores", {})
+    lines = [
+        f"# {run.name}, round {row.round}",
+        "",
+        (
+            f"{facts['parameters']:,} parameters in {facts['tensors']} tensors, averaged over "
+            f"{len(summary.get('counted', []))} data centers by Farflung {__version__}. "
+            "No training data left the sites."
+        ),
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| run | `{run.id}` |",
+        f"| model | `{model.shared}` |",
+        f"| configuration | `{run.config_digest}` (config.json) |",
+        f"| task | {run.config['task']['name']} `{canonical(run.config['task']['params']).decode()}` |",
+        f"| strategies | {', '.join(s['name'] for s in run.config['strategy']) or 'FedAvg'} |",
+        f"| rounds | {row.round} of {run.rounds} |",
+        f"| sites in this round | {', '.join(summary.get('counted', [])) or 'none'} |",
+    ]
+    for site, why in sorted(summary.get("missing", {}).items()):
+        lines.append(f"| not in this round | {site}: {why} |")
+    lines += ["", "## Scores", ""]
+    if scores:
+        lines += ["Pooled over the sites from sums; `val` data steered, `test` data did not.", ""]
+        lines += ["| score | value |", "| --- | ---: |"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())]
+    else:
+        lines.append("This round was not assessed: nothing is known of its quality.")
+    maps = summary.get("calibration", {})
+    lines += ["", "## Calibration", ""]
+    if maps:
+        lines.append(
+            "Outputs are to be calibrated before they are read as probabilities: "
+            f"`{canonical(maps).decode()}` (calibration.json)."
+        )
+    else:
+        lines.append("No calibration map was fitted; confidences are as the model gives them.")
+    skipped = [p for p in summary.get("plugins", []) if p["state"] == "skipped"]
+    if skipped:
+        lines += ["", "## Skipped", ""]
+        lines += [f"- {p['name']}: {p['reason']}" for p in skipped]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        (
+            "The scores are of the sites' own data. The orchestrator has not seen that data and "
+            "can't say how the model does elsewhere."
+        ),
+        "",
+    ]
+    return "\n".join(lines)

@@ -344,7 +344,7 @@ def _answer(
     verdict: str, plan_id: str, contribution: str, error: str = "", message: str = ""
 ) -> common_pb2.Answer:
     return common_pb2.Answer(
-        verdict=ANSWERED[verdict],  # type: ignore[arg-type]
+        verdict=ANSWERED[verdict],
         error=error,
         message=message,
         plan_id=plan_id,

@@ -52,7 +52,7 @@ def view_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().flatten()
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def from_bytes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -65,7 +65,7 @@ def from_bytes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[in
     if len(data) != out.numel() * out.element_size():
         raise ManifestInvalid(f"{len(data)} bytes don't make {dtype} {list(shape)}")
     if out.numel():
-        memoryview(out.flatten().view(torch.uint8).numpy())[:] = data
+        out.flatten().view(torch.uint8).numpy().data[:] = data
     return out
 
 

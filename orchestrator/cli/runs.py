@@ -38,7 +38,7 @@ def launch(
 
     Example: `farflung launch run.toml --from fashion@best`
     """
-    from orchestrator.launching import read_run_file
+    from orchestrator.run_file import read_run_file
 
     text, start_from, start_file = read_run_file(file, start)
     with operator(home) as client:
@@ -103,13 +103,15 @@ def stop(
 
 def extend(
     run: Run,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How many rounds more.")],
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="How many rounds the run has then, in all.")
+    ],
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Give a run more rounds; a finished or paused one goes on.
+    """Let a run have N rounds in all; a finished one goes on, a paused one tries again.
 
-    Example: `farflung extend fashion --rounds 4`
+    Example: `farflung extend fashion --rounds 20`
     """
     with operator(home) as client:
         extended = client.extend(run, rounds)

@@ -67,6 +67,7 @@ class Exchange:
         self._ledger, self._board, self._grace_s, self._note = ledger, board, grace_s, note
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._plan_id = ""
+        self._shown = False  # whether answers change the round's rows: not those of an assessment
         self._interrupt = threading.Event()
         self.sessions: Sessions | None = None
         self.left: set[tuple[str, str]] = set()
@@ -90,7 +91,7 @@ class Exchange:
     def counted(self, site: str, plan_id: str, header_digest: str) -> None:
         """A contribution is durable and counts."""
         if plan_id == self._plan_id:
-            self._board.set_state(site, "counted")
+            self._show(site, "counted")
             self._inbox.put(_Event("counted", site, plan_id))
 
     def failed(self, site: str, plan_id: str, error: str, message: str, how: str) -> None:
@@ -98,7 +99,7 @@ class Exchange:
         self._note("error", site, message)
         if plan_id == self._plan_id:
             state: WorkState = "refused" if how == "refused" else "failed"
-            self._board.set_state(site, state, error, message)
+            self._show(site, state, error, message)
             self._inbox.put(_Event("failed", site, plan_id, message))
 
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
@@ -111,7 +112,7 @@ class Exchange:
         self._note("warning", site, f"site {site} left the run {run}")
         if self._plan_id.startswith(f"{run}/"):
             self._ledger.answer_plan(self._plan_id, site, "left", "", "the site left the run")
-            self._board.set_state(site, "left", "", "the site left the run")
+            self._show(site, "left", "", "the site left the run")
             self._inbox.put(_Event("failed", site, self._plan_id, "the site left the run"))
 
     def attached(self, site: str) -> None:
@@ -122,6 +123,10 @@ class Exchange:
         """A site's stream broke."""
         self._board.set_state(site, "gone")
         self._inbox.put(_Event("gone", site))
+
+    def _show(self, site: str, state: WorkState, error: str = "", reason: str = "") -> None:
+        if self._shown:
+            self._board.set_state(site, state, error, reason)
 
     def interrupt(self) -> None:
         """End the wait without a decision."""
@@ -145,6 +150,7 @@ class Exchange:
         now = time.monotonic()
         self._plan_id = rows[0].id if rows else ""  # from here on events are kept
         first = rows[0] if rows else None
+        self._shown = first is not None and first.kind in ("train", "init")
         known = self._ledger.plans(first.run, first.round, first.attempt) if first else []
         answers = {r.site: r for r in known if r.id == self._plan_id}
         machine = Gathering(
@@ -154,12 +160,12 @@ class Exchange:
             row = answers.get(row.site, row)
             if row.answer == "counted":
                 machine = machine.counted(row.site)
-                self._board.set_state(row.site, "counted")
+                self._show(row.site, "counted")
             elif row.answer:
                 machine = machine.failed(row.site, row.message or row.answer)
             elif not sessions.send(row.site, _offer(row)):
                 machine = machine.gone(row.site, now)
-                self._board.set_state(row.site, "gone")
+                self._show(row.site, "gone")
         try:
             return self._wait(machine)
         finally:

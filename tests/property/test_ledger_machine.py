@@ -1,0 +1,314 @@
+"""The ledger against a model of it: whatever happens in whatever order, answers are final, each
+plan counts at most one contribution, late ones never count, committed rounds never change, and a
+token lets in once. Every so often the ledger is opened anew."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from orchestrator.ledger import ContributionRow, Ledger, PlanRow, RoundRow, RunRow
+from protos.digest import digest
+from protos.errors import Conflict, NotFound, TokenUsed
+
+SITES = ("east", "north", "south")
+ROUND_STEPS = ("close", "hold", "abandon", "commit")
+AFTER = {"close": "closed", "hold": "held", "abandon": "abandoned", "commit": "committed"}
+ALLOWED = {
+    "close": {"planned"},
+    "hold": {"closed"},
+    "abandon": {"planned", "closed", "held"},
+    "commit": {"closed", "held"},
+}
+TEMPLATE: list[Path] = []
+
+
+def template() -> Path:
+    if not TEMPLATE:
+        path = Path(tempfile.mkdtemp(prefix="ledger-")) / "empty.sqlite"
+        Ledger.open(path).close()
+        TEMPLATE.append(path)
+    return TEMPLATE[0]
+
+
+@dataclass
+class Attempt:
+    """What the model knows of one attempt."""
+
+    plans: dict[str, PlanRow]
+    state: str = "planned"
+    counted: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    row: RoundRow | None = None  # as it was when it ended
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    sent = Bundle("sent")
+    tokens = Bundle("tokens")
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ledger-"))
+        self.path = self.folder / "ledger.sqlite"
+        shutil.copy(template(), self.path)
+        self.now = 0.0
+        self.ledger = Ledger.open(self.path, lambda: self.now)
+        self.ledger.create_run(RunRow("r", "run", {}, digest(b"{}"), 100, 0.0))
+        self.attempts: dict[tuple[int, int], Attempt] = {}
+        self.verdicts: dict[str, str] = {}
+        self.late: set[str] = set()
+        self.allowed: dict[str, str] = {}
+        self.open_tokens: dict[str, str] = {}
+        self.spent = 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+            shutil.rmtree(self.folder)
+
+    @rule()
+    def restart(self) -> None:
+        self.ledger.close()
+        self.ledger = Ledger.open(self.path, lambda: self.now)
+
+    # ------------------------------------------------------------------------------ rounds
+
+    @rule(
+        number=st.integers(1, 3),
+        sites=st.sets(st.sampled_from(SITES), min_size=1),
+        work=st.sampled_from("ab"),
+        instead=st.booleans(),
+    )
+    def plan(self, number: int, sites: set[str], work: str, instead: bool) -> None:
+        earlier = [attempt for (n, attempt) in self.attempts if n == number]
+        key = (number, len(earlier) + 1)
+        plans = {
+            site: PlanRow(
+                "r", *key, "train", site, b"plan", digest(f"{number}{site}{work}".encode())
+            )
+            for site in sites
+        }
+        under_way = [
+            at
+            for at, one in self.attempts.items()
+            if one.state not in ("abandoned", "committed") and not (instead and at[0] == number)
+        ]
+        done = [n for (n, _), one in self.attempts.items() if one.state == "committed"]
+        possible = not under_way and number > max(done, default=0)
+        try:
+            self.ledger.plan_round(
+                RoundRow("r", *key, started=self.now),
+                list(plans.values()),
+                abandoning="another attempt" if instead else "",
+            )
+        except Conflict:
+            assert not possible
+            return
+        assert possible
+        for at, one in self.attempts.items():
+            if at[0] == number and one.state not in ("abandoned", "committed"):
+                self._ended(at, "abandoned")
+        self.attempts[key] = Attempt(plans)
+
+    @rule(step=st.sampled_from(ROUND_STEPS), data=st.data())
+    @precondition(lambda self: self.attempts)
+    def move(self, step: str, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.attempts)))
+        attempt = self.attempts[key]
+        try:
+            if step == "close":
+                row = self.ledger.close_round("r", *key, None, "why")
+                expected = tuple(attempt.counted[site] for site in sorted(attempt.counted))
+                assert row.closed_set == expected
+            elif step == "hold":
+                self.ledger.hold_round("r", *key, "why", model="candidate")
+            elif step == "abandon":
+                self.ledger.abandon_round("r", *key, "why")
+            else:
+                self.ledger.commit_round("r", *key, model=f"model {key}")
+                assert self.ledger.run("r").model == f"model {key}"
+        except Conflict:
+            assert attempt.state not in ALLOWED[step]
+            return
+        assert attempt.state in ALLOWED[step]
+        self._ended(key, AFTER[step])
+
+    def _ended(self, key: tuple[int, int], state: str) -> None:
+        attempt = self.attempts[key]
+        attempt.state = state
+        if state in ("abandoned", "committed"):
+            attempt.row = self.ledger.round("r", *key)
+
+    # ----------------------------------------------------------------------- contributions
+
+    @rule(target=sent, data=st.data(), text=st.sampled_from("xy"))
+    @precondition(lambda self: self.attempts)
+    def train(self, data: st.DataObject, text: str) -> ContributionRow:
+        attempt = self.attempts[data.draw(st.sampled_from(sorted(self.attempts)))]
+        plan = attempt.plans[data.draw(st.sampled_from(sorted(attempt.plans)))]
+        header = f"{plan.id} {plan.site} {text}".encode()
+        return ContributionRow(
+            digest(header), plan.id, "r", plan.round, plan.attempt, "train", plan.site,
+            plan.work_digest, header, b"signed", "f", "i", "m", 1, None, self.now,
+        )  # fmt: skip
+
+    @rule(row=sent)
+    def send(self, row: ContributionRow) -> None:
+        answer = self.ledger.accept(row)
+        if row.digest in self.verdicts:
+            assert answer.again
+            assert answer.verdict == self.verdicts[row.digest], "an answer is final"
+            return
+        own = self.attempts[row.round, row.attempt]
+        target = own
+        if own.state != "planned":
+            target = next(
+                (
+                    one
+                    for (number, _), one in self.attempts.items()
+                    if number == row.round
+                    and one.state == "planned"
+                    and row.site in one.plans
+                    and one.plans[row.site].work_digest == row.work_digest
+                ),
+                own,
+            )
+        standing = target.answers.get(row.site, "")
+        if standing in ("counted", "refused") or (target.state == "planned" and standing == "late"):
+            assert answer.verdict == "refused"
+            return
+        if target.state == "planned":
+            assert answer.verdict == "counted"
+            assert answer.plan_id == target.plans[row.site].id
+            target.counted[row.site] = row.digest
+            target.answers[row.site] = "counted"
+        else:
+            assert answer.verdict == "late"
+            own.answers[row.site] = "late"
+            self.late.add(row.digest)
+        self.verdicts[row.digest] = answer.verdict
+
+    @rule(data=st.data(), how=st.sampled_from(["failed", "left", "refused"]))
+    @precondition(lambda self: self.attempts)
+    def give_up(self, data: st.DataObject, how: str) -> None:
+        attempt = self.attempts[data.draw(st.sampled_from(sorted(self.attempts)))]
+        site = data.draw(st.sampled_from(sorted(attempt.plans)))
+        row = self.ledger.answer_plan(attempt.plans[site].id, site, how)  # type: ignore[arg-type]
+        assert row.answer == attempt.answers.setdefault(site, how)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.attempts)
+    def carry_over(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.attempts)))
+        attempt = self.attempts[key]
+        carried = {row.site: row for row in self.ledger.carry_over("r", *key)}
+        if attempt.state != "planned":
+            assert carried == {}
+        for site, row in carried.items():
+            assert attempt.answers.get(site, "") == ""
+            assert row.work_digest == attempt.plans[site].work_digest
+            assert row.digest not in self.late
+            attempt.counted[site] = row.digest
+            attempt.answers[site] = "counted"
+
+    # ------------------------------------------------------------------------------- sites
+
+    @rule(target=tokens, site=st.sampled_from(SITES), life=st.integers(1, 20))
+    def invite(self, site: str, life: int) -> tuple[str, str, float]:
+        self.spent += 1
+        token = f"token {self.spent}"
+        self.ledger.invite(site, token, self.now + life)
+        self.open_tokens = {t: s for t, s in self.open_tokens.items() if s != site}
+        self.open_tokens[token] = site
+        return token, site, self.now + life
+
+    @rule(token=tokens)
+    def enrol(self, token: tuple[str, str, float]) -> None:
+        name, site, expires = token
+        self.spent += 1
+        fingerprint = f"certificate {self.spent}"
+        possible = self.open_tokens.get(name) == site and self.now < expires
+        try:
+            found = self.ledger.use_token(
+                name, fingerprint=fingerprint, certificate_pem=b"", expires=1e9
+            )
+        except TokenUsed:
+            assert not possible
+            return
+        assert possible
+        assert found == site
+        del self.open_tokens[name]
+        self.allowed = {f: s for f, s in self.allowed.items() if s != site}
+        self.allowed[fingerprint] = site
+
+    @rule(site=st.sampled_from(SITES))
+    def revoke(self, site: str) -> None:
+        try:
+            self.ledger.revoke(site)
+        except NotFound:
+            assert site not in self.allowed.values()
+            return
+        self.open_tokens = {t: s for t, s in self.open_tokens.items() if s != site}
+        self.allowed = {f: s for f, s in self.allowed.items() if s != site}
+
+    @rule()
+    def time_passes(self) -> None:
+        self.now += 5
+
+    # -------------------------------------------------------------------------- what holds
+
+    @invariant()
+    def what_counts_is_what_was_counted(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        for key, attempt in self.attempts.items():
+            rows = {row.site: row.digest for row in self.ledger.contributions("r", *key)}
+            assert rows == attempt.counted
+            assert not self.late & set(rows.values())
+            if attempt.row is not None:
+                assert self.ledger.round("r", *key) == attempt.row, "what has ended has changed"
+        done = [row.round for row in self.ledger.history("r")]
+        assert done == sorted(set(done)), "a round was committed twice"
+        self.ledger.verify_entries("r")
+
+    @invariant()
+    def only_those_are_let_in_who_enrolled(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        for number in range(self.spent + 1):
+            fingerprint = f"certificate {number}"
+            assert self.ledger.allowed(fingerprint) == self.allowed.get(fingerprint)
+
+    @invariant()
+    def open_plans_are_those_without_an_answer(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        for site in SITES:
+            expected = {
+                attempt.plans[site].id
+                for attempt in self.attempts.values()
+                if attempt.state == "planned"
+                and site in attempt.plans
+                and site not in attempt.answers
+            }
+            assert {plan.id for plan in self.ledger.open_plans(site)} == expected
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(
+    max_examples=20,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

@@ -169,7 +169,7 @@ class OperatorClient:
         return self._one(views.Run, self._stub.Stop, operator_pb2.StopRequest(run=run, now=now))
 
     def extend(self, run: str, rounds: int) -> views.Run:
-        """Give a run more rounds; a finished one goes on."""
+        """Let a run have so many rounds in all; a finished one goes on, a paused one tries again."""
         request = operator_pb2.ExtendRequest(run=run, rounds=rounds)
         return self._one(views.Run, self._stub.Extend, request)
 

@@ -194,11 +194,13 @@ class RaySection(Section):
         cpus: CPUs that reducers and plug-ins may use; 0: all but one, at least one.
         object_store_bytes: Ray's shared memory; no weights pass through it.
         private_networks: Networks on which Ray may listen where it can't be confined.
+        plugins_may_reach_keys: Run plug-ins even on a host that grants no namespaces.
     """
 
     cpus: int = Field(0, ge=0)
     object_store_bytes: int = Field(100 << 20, ge=75 << 20)
     private_networks: tuple[str, ...] = ()
+    plugins_may_reach_keys: bool = False
 
 
 class PluginSection(Section):

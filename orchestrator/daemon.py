@@ -103,6 +103,7 @@ class Daemon:
                 preload=("orchestrator.arithmetic.preload",),
                 hidden=(str(home.keys), str(home.run)),
                 private_networks=config.ray.private_networks,
+                plugins_may_reach_keys=config.ray.plugins_may_reach_keys,
             ),
             log=home.log / "compute.log",
             on_event=self._on_compute,

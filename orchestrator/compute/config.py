@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-DEFAULT_FUNCTIONS: Mapping[str, str] = {"reduce_run": "orchestrator.reduction:reduce_run"}
-"""The functions that a request may name. A request can't name code, only a row of the table."""
-
 
 class Level(enum.StrEnum):
     """How far a process could be closed off, the most closed first."""
@@ -54,7 +51,8 @@ class ComputeConfig:
         num_gpus: Ray's GPUs.
         object_store_memory_bytes: Ray's shared memory. No weights pass through it; Ray's own
             minimum, 75 MiB, is enough.
-        functions: Name → "module:function": the whole of what requests may run. A function takes
+        functions: Name → "module:function": the whole of what requests may run; a request can't
+            name code, only a row of this table. A function takes
             a dict and returns a dict, both JSON.
         preload: Modules that the workers import once Ray is up (torch takes over a second).
         hidden: Folders that nothing in here may read: the keys, and the folder with the
@@ -69,7 +67,7 @@ class ComputeConfig:
     num_cpus: int = 2
     num_gpus: int = 0
     object_store_memory_bytes: int = 80 * 2**20
-    functions: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_FUNCTIONS))
+    functions: Mapping[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     private_networks: tuple[str, ...] = ()

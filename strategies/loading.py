@@ -37,7 +37,7 @@ def load_task(
         ConfigInvalid: The source is not there or not a Task, or a parameter or setting is wrong.
         Exception: Whatever the module raises when it is imported.
     """
-    cls = _task_class(name, source, folder)
+    cls = task_class(name, source, folder)
     try:
         typed = cls.Params.model_validate(dict(params))
     except ValidationError as error:
@@ -70,7 +70,13 @@ def _path(where: str, folder: Path) -> Path:
     return (folder / Path(where).expanduser()).resolve()
 
 
-def _task_class(name: str, source: str, folder: Path) -> type[Task]:
+def task_class(name: str, source: str, folder: Path) -> type[Task]:
+    """The class that a source names, imported; see ``load_task``.
+
+    Raises:
+        ConfigInvalid: The source is not there or not a Task.
+        Exception: Whatever the module raises when it is imported.
+    """
     where, colon, attribute = source.rpartition(":")
     key = f"tasks.{name}.source"
     if not colon or not where or not attribute:

@@ -1,0 +1,58 @@
+"""``farflung-site run``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any
+
+from site_agent.cli.options import HomeOption, JsonOption
+
+
+def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Be the agent: stay attached, train when asked, until Ctrl-C or SIGTERM."""
+    from protos.distribution import check_distribution
+    from site_agent.config import SiteConfig
+    from site_agent.home import Home, HomeLock
+    from site_agent.link.agent import Agent
+
+    check_distribution()
+    place = Home.at(home)
+    place.need_joined()
+    config = SiteConfig.load(place.config)
+    with HomeLock(place):
+        agent = Agent(place, config, _print_json if as_json else _print_words)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: agent.stop())
+        agent.run()
+
+
+def _print_json(line: dict[str, Any]) -> None:
+    _write(json.dumps(line, ensure_ascii=False, default=str))
+
+
+def _print_words(line: dict[str, Any]) -> None:
+    """One line of the log for people: time, what happened, and the facts that tell runs apart."""
+    time = str(line["time"])[11:19]
+    facts = " ".join(
+        f"{key}={_short(value)}"
+        for key, value in line.items()
+        if key not in ("time", "level", "site", "event", "packages", "traceback")
+    )
+    mark = {"info": "", "warning": "! ", "error": "!! "}[line["level"]]
+    _write(f"{time} {line['site']}: {mark}{line['event']} {facts}".rstrip())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    is_digest = len(text) == 64 and " " not in text
+    return text[:12] if is_digest else text
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        pass  # nobody reads; the log file has it

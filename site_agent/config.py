@@ -1,0 +1,223 @@
+"""``site.toml``: which tasks this site has, what it accepts, and how it trains.
+
+TOML in, frozen values out. Unknown keys are refused; every error names the file and the key's path.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from datetime import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from protos.contribution import Merge
+from protos.errors import ConfigInvalid
+from protos.plan import Name, first_problem
+from site_agent.task_source import TaskSource
+
+_HOURS = re.compile(r"([01]\d|2[0-4]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)\Z")
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SiteSection(Section):
+    """The table [site].
+
+    Attributes:
+        device: Where to train: auto (CUDA where there is one), cpu, cuda, or cuda:N.
+        keep_states: States of this many counted contributions are kept for each run, so that
+            a run that is rolled back finds the state that fits.
+        keep_bases: Fetched models that stay in the cache.
+    """
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    keep_states: int = Field(5, ge=1, le=1000)
+    keep_bases: int = Field(3, ge=2, le=1000)
+
+
+class TaskSection(Section):
+    """A table [tasks.NAME].
+
+    Attributes:
+        source: "path.py:Class" (relative to the folder of site.toml) or "module:Class".
+        settings: What only this site knows, such as where its data lies. Never sent.
+    """
+
+    source: str
+    settings: dict[str, Any] = {}
+
+
+class PolicySection(Section):
+    """The table [policy]: what this site accepts and lets out.
+
+    Attributes:
+        strategies: Names of strategies, or "all".
+        max_epochs: Most local work of a round, in epochs.
+        max_steps: The same in optimizer steps.
+        max_tokens: The same in tokens.
+        max_seconds: The same in seconds.
+        max_bytes: Largest model or contribution.
+        hours: Local time in which plans are accepted, "HH:MM-HH:MM"; may pass midnight.
+        init: Whether this site may be asked for the first base of a run.
+        side_payloads: Which merge rules of side payloads may leave.
+        error_text: code (class, file and line), or full (the message too).
+        metrics: Names of metrics that may leave (``*`` matches anything), or "all".
+    """
+
+    strategies: tuple[str, ...] | Literal["all"] = "all"
+    max_epochs: Positive | None = None
+    max_steps: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_seconds: Positive | None = None
+    max_bytes: int | None = Field(None, ge=1)
+    hours: str = "00:00-24:00"
+    init: bool = True
+    side_payloads: tuple[Merge, ...] = ("sum", "mean by count")
+    error_text: Literal["code", "full"] = "code"
+    metrics: tuple[str, ...] | Literal["all"] = "all"
+
+    @field_validator("hours")
+    @classmethod
+    def _hours(cls, value: str) -> str:
+        if _HOURS.match(value) is None:
+            raise ValueError('must look like "22:00-06:00"')
+        return value
+
+    def open_at(self, now: time) -> bool:
+        """Whether a local time lies within ``hours``."""
+        start, end = (int(p[:2]) * 60 + int(p[3:]) for p in self.hours.split("-"))
+        minute = now.hour * 60 + now.minute
+        if start <= end:
+            return start <= minute < end
+        return minute >= start or minute < end
+
+
+class TrainerSection(Section):
+    """The table [trainer]: the process that trains.
+
+    Attributes:
+        command: How it is started; empty for this Python. It gets further arguments.
+        memory_bytes: Most memory that it may allocate; None for no limit.
+        precision: auto (bf16 on CUDA where the device has it, else fp32), fp32 or bf16.
+        keep_warm: Stay loaded between rounds; false gives a GPU back after each.
+        threads: Threads of torch; None leaves it to torch.
+        loader_workers: Processes that load data sets which aren't plain tensors.
+        environment: Names of further environment variables that it may see.
+    """
+
+    command: tuple[str, ...] = ()
+    memory_bytes: int | None = Field(None, ge=1 << 20)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    keep_warm: bool = True
+    threads: int | None = Field(None, ge=1, le=4096)
+    loader_workers: int = Field(0, ge=0, le=256)
+    environment: tuple[str, ...] = ()
+
+
+class NetworkSection(Section):
+    """The table [network].
+
+    Attributes:
+        address: host:port of the orchestrator; empty for the one of the join token.
+        server_name: Name to expect in the orchestrator's certificate where the address is
+            another one (a tunnel, a forwarded port).
+    """
+
+    address: str = Field("", pattern=r"^$|^.+:\d+$")
+    server_name: str = ""
+
+
+class SiteConfig(Section):
+    """A whole ``site.toml``."""
+
+    site: SiteSection = SiteSection()
+    tasks: dict[Name, TaskSection] = {}
+    policy: PolicySection = PolicySection()
+    trainer: TrainerSection = TrainerSection()
+    network: NetworkSection = NetworkSection()
+
+    @classmethod
+    def parse(cls, text: str, where: str = "site.toml") -> SiteConfig:
+        """The configuration of a TOML document.
+
+        Raises:
+            ConfigInvalid: Not TOML, or a key is missing, unknown or out of range; names the key.
+        """
+        try:
+            config = cls.model_validate(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigInvalid(f"{where}: not TOML: {error}", file=where) from None
+        except ValidationError as error:
+            key = ".".join(str(p) for p in error.errors(include_url=False)[0]["loc"])
+            raise ConfigInvalid(f"{where}: {first_problem(error)}", file=where, key=key) from None
+        for name, task in config.tasks.items():
+            TaskSource.parse(task.source, Path(), f"{where}: tasks.{name}.source")
+        return config
+
+    @classmethod
+    def load(cls, path: Path) -> SiteConfig:
+        """The configuration of a file; the defaults if there is none.
+
+        Raises:
+            ConfigInvalid: See ``parse``.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return cls()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigInvalid(f"{path}: can't be read ({type(error).__name__})") from None
+        return cls.parse(text, str(path))
+
+    def sources(self, folder: Path) -> dict[str, TaskSource]:
+        """Where each task's code is; relative paths are relative to ``folder``."""
+        return {
+            name: TaskSource.parse(task.source, folder, f"tasks.{name}.source")
+            for name, task in self.tasks.items()
+        }
+
+
+TEMPLATE = """\
+# What this data center has and accepts. Nothing in this file is ever sent.
+# `farflung-site doctor` checks it; a running agent reads it when it starts.
+
+[site]
+# device = "auto"            # auto | cpu | cuda | cuda:1
+
+# One table for each task. Code never travels: a plan names the task, this file says where it is.
+#
+# [tasks.fashion_mnist]
+# source = "path/to/file.py:FashionMnist"     # or "installed.module:FashionMnist"
+# settings = { data = "path/to/data" }        # this site's own; never sent
+
+[policy]
+# strategies = "all"         # or ["co_learning", "temperature"]
+# max_epochs = 40            # most local work of one round; also max_steps, max_tokens, max_seconds
+# max_bytes = 2_000_000_000  # largest model or contribution
+# hours = "00:00-24:00"      # local time in which plans are accepted
+# init = true                # may be asked for the first base of a run
+# side_payloads = ["sum", "mean by count"]    # also "concatenate", "keep per site"
+# error_text = "code"        # class, file and line; "full" sends the message too
+# metrics = "all"            # or ["train_loss"]
+
+[trainer]
+# command = ["torchrun", "--nproc-per-node=1", "-m", "site_agent.trainer"]
+# memory_bytes = 16_000_000_000
+# precision = "auto"         # bf16 on CUDA where the device has it
+# keep_warm = true           # false gives the GPU back after each round
+# threads = 4
+# environment = ["MY_DATA_ROOT"]              # further variables that the task may see
+
+[network]
+# address = "orchestrator.example:8470"       # where the join token's address is not reachable
+# server_name = "localhost"                   # name in its certificate, if dialled under another
+"""

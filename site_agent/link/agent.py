@@ -1,0 +1,380 @@
+"""The link as a whole: what each part tells the others."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from protos.contribution import Header
+from protos.errors import FarflungError, InvalidInput, PolicyRefused
+from protos.plan import Plan
+from protos.v1 import site_pb2
+from site_agent.config import SiteConfig
+from site_agent.home import Home
+from site_agent.link import enrolment
+from site_agent.link.disclosure import Disclosure
+from site_agent.link.doorbell import Doorbell
+from site_agent.link.fetcher import Fetcher
+from site_agent.link.journal import Journal
+from site_agent.link.keys import Keys
+from site_agent.link.outbox import Entry, Outbox, Verdict
+from site_agent.link.plans import Assignment, OpenPlans
+from site_agent.link.policy import Policy
+from site_agent.link.sender import Sender
+from site_agent.link.stream import PROTOCOL, Stream
+from site_agent.link.wire import Wire
+from site_agent.link.worker import Worker
+
+CERTIFICATE_CHECK_S = 60.0
+SHUTDOWN_S = 10.0
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the site runs, without importing any of it."""
+    out = {"python": platform.python_version()}
+    for name in ("farflung", "torch", "numpy", "grpcio", "protobuf"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+class Agent:
+    """A running link.
+
+    Args:
+        home: The site's folder; its lock must be held.
+        config: ``site.toml``.
+        echo: Called with every line of the log.
+    """
+
+    def __init__(
+        self, home: Home, config: SiteConfig, echo: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self._home, self._config = home, config
+        self._keys = Keys.load(home.keys)
+        self.site = self._keys.site
+        self._journal = Journal(home.agent_log, self.site, echo)
+        self._paused = (home.root / "paused").exists()
+        self._stop = threading.Event()
+        self._crash = ""
+        self._sources = config.sources(home.root)
+        self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
+        self._policy = Policy(self.site, config.policy, self._sources)
+        self._plans = OpenPlans()
+        self._outbox = Outbox(home, config.site.keep_states)
+        for name in self._outbox.damaged:
+            self._journal.error("a damaged contribution is left aside", folder=name)
+        self._wire = Wire(lambda: self._keys, config.network.address, config.network.server_name)
+        self._fetcher = Fetcher(
+            self._wire, home.cache, self._policy, config.site.keep_bases, self._journal
+        )
+        self._sender = Sender(self._wire, self._outbox, self, self._journal)
+        self._worker = Worker(
+            site=self.site,
+            home=home,
+            config=config,
+            sources=self._sources,
+            policy=self._policy,
+            disclosure=self._disclosure,
+            fetcher=self._fetcher,
+            outbox=self._outbox,
+            sign=self._sign,
+            ears=self,
+            journal=self._journal,
+        )
+        self._stream = Stream(
+            self._wire,
+            self._hello,
+            self._hear,
+            self._sender.attached,
+            lambda: self._paused,
+            self._journal,
+        )
+        self._worker.pause(self._paused)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        doorbell = Doorbell(self._home.socket, self._answer, self._journal)
+        threads = [
+            threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
+            for name, target in (
+                ("worker", self._worker.run),
+                ("fetcher", self._fetcher.run),
+                ("sender", self._sender.run),
+                ("stream", self._stream.run),
+                ("doorbell", doorbell.run),
+            )
+        ]
+        self._journal.info(
+            "agent begins",
+            orchestrator=self._wire.address,
+            certificate_expires=self._keys.expires.isoformat(),
+            waiting=len(self._outbox.waiting()),
+        )
+        for thread in threads:
+            thread.start()
+        try:
+            while not self._stop.wait(CERTIFICATE_CHECK_S):
+                if self._keys.renewal_due():
+                    self._renew()
+        finally:
+            doorbell.close()
+            for part in (self._stream, self._worker, self._fetcher, self._sender):
+                part.stop()
+            for thread in threads:
+                thread.join(SHUTDOWN_S)
+            self._journal.info("agent ends")
+        if self._crash:
+            raise FarflungError(f"the agent's {self._crash} failed; log/agent.log has the cause")
+
+    def _guarded(self, name: str, target: Callable[[], None]) -> None:
+        """Run a part; an agent that lost one ends, loudly, so that it is started again."""
+        try:
+            target()
+        except Exception:  # noqa: BLE001  # whatever it is, nobody else would see it
+            self._journal.error(f"{name} failed", traceback=traceback.format_exc())
+            self._crash = name
+            self._stop.set()
+
+    def stop(self) -> None:
+        """End; may be called from a signal handler."""
+        self._stop.set()
+
+    # -- the orchestrator's messages ---------------------------------------------------------------
+
+    def _hello(self) -> site_pb2.Hello:
+        tasks = [
+            site_pb2.TaskOffer(name=name, digest=source.digest)
+            for name, source in sorted(self._config.sources(self._home.root).items())
+        ]
+        plans = [a.plan.id for a in self._plans.all()]
+        plans += [p for e in self._outbox.waiting() for p in e.plans if p not in plans]
+        hello = site_pb2.Hello(
+            version=package_versions()["farflung"],
+            protocol=PROTOCOL,
+            packages=package_versions(),
+            tasks=tasks,
+            plans=plans,
+            paused=self._paused,
+            device=self._device(),
+        )
+        self._disclosure.sent(
+            "hello",
+            packages=dict(hello.packages),
+            tasks={t.name: t.digest for t in tasks},
+            plans=plans,
+            device=hello.device,
+        )
+        return hello
+
+    def _device(self) -> str:
+        """What is known without torch: what the trainer said, the configuration, the driver."""
+        known = self._worker.trainer_device or self._config.site.device
+        if known == "auto":
+            known = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+        return known.split(":", 1)[0]
+
+    def _hear(self, message: site_pb2.ToSite) -> None:
+        match message.WhichOneof("kind"):
+            case "plan":
+                self._offered(message.plan.plan)
+            case "answer":
+                self._sender.apply(message.answer)
+            case "cancel":
+                self._cancelled(message.cancel.plan_id, message.cancel.reason)
+            case "drain":
+                self._journal.info("the orchestrator is about to end", reason=message.drain.reason)
+            case "renew":
+                threading.Thread(target=self._renew, name="renew", daemon=True).start()
+
+    def _offered(self, encoded: bytes) -> None:
+        try:
+            plan = Plan.decode(encoded)
+        except FarflungError as error:
+            self._journal.error("a plan can't be read", reason=error.message)
+            return
+        if self._plans.get(plan.id) is not None:
+            return
+        known = self._plans.outcome(plan.id)
+        if known is not None:
+            self._stream.outcome(known)
+            return
+        assignment = Assignment(plan)
+        finished = self._outbox.of_work(plan.work_digest)
+        if finished is not None:
+            self._journal.info("this work is finished already", plan=plan.id)
+            assignment.state = site_pb2.Progress.SENDING
+            if plan.id not in finished.plans:
+                finished.plans.append(plan.id)
+            self._plans.add(assignment)
+            self._sender.nudge()
+            return
+        try:
+            self._policy.check_plan(plan)
+        except PolicyRefused as error:
+            self._journal.warning("plan refused", plan=plan.id, reason=error.message)
+            self.failed(assignment, "PolicyRefused", self._disclosure.own(error))
+            return
+        self._plans.add(assignment)
+        self._journal.info("plan accepted", plan=plan.id, work=plan.work.model_dump())
+        self.moved(assignment, site_pb2.Progress(plan_id=plan.id, state=site_pb2.Progress.WAITING))
+        self._worker.submit(assignment)
+
+    def _cancelled(self, plan_id: str, reason: str) -> None:
+        assignment = self._plans.get(plan_id)
+        if assignment is None:
+            return
+        self._journal.info("plan cancelled", plan=plan_id, reason=reason)
+        assignment.cancelled = True
+        self._plans.close(plan_id)
+        self._worker.cancel(plan_id)
+
+    def _renew(self) -> None:
+        try:
+            self._keys = enrolment.renew(self._keys, self._wire)
+        except FarflungError as error:
+            self._journal.error("the certificate can't be renewed", reason=error.message)
+            return
+        self._journal.info("certificate renewed", expires=self._keys.expires.isoformat())
+        for part in (self._fetcher, self._sender, self._stream):
+            part.reconnect()
+
+    # -- the parts' messages -----------------------------------------------------------------------
+
+    def _sign(self, folder: Path, header: Header) -> Entry:
+        entry = self._outbox.admit(folder, header, self._keys.key)
+        self._disclosure.sent("header", header=header.model_dump(mode="json", exclude={"blocks"}))
+        return entry
+
+    def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
+        """A plan is in another state, or further."""
+        if progress.state != assignment.state:
+            self._disclosure.sent(
+                "progress", plan=progress.plan_id, state=progress.state, loss=progress.loss
+            )
+        assignment.state = progress.state
+        assignment.done, assignment.planned = progress.done, progress.planned
+        assignment.unit = progress.unit
+        self._stream.progress(progress)
+
+    def finished(self, assignment: Assignment, entry: Entry) -> None:
+        """A contribution is in the outbox."""
+        self.sending(entry, 0, entry.index.nbytes)
+        self._sender.nudge()
+
+    def failed(self, assignment: Assignment, error: str, text: str) -> None:
+        """A plan ends without a contribution."""
+        plan_id = assignment.plan.id
+        outcome = site_pb2.Outcome(plan_id=plan_id, error=error, message=text)
+        self._plans.fail(plan_id, outcome)
+        self._disclosure.sent("outcome", plan=plan_id, error=error, message=text)
+        self._stream.outcome(outcome)
+
+    def sending(self, entry: Entry, done: int, planned: int) -> None:
+        """Bytes of a contribution left."""
+        for plan_id in entry.plans:
+            assignment = self._plans.get(plan_id)
+            if assignment is not None:
+                progress = site_pb2.Progress(
+                    plan_id=plan_id,
+                    state=site_pb2.Progress.SENDING,
+                    done=done,
+                    planned=planned,
+                    unit="bytes",
+                    loss=float("nan"),
+                )
+                self.moved(assignment, progress)
+
+    def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
+        """A contribution has its final answer."""
+        facts = {"contribution": entry.digest, "plans": entry.plans}
+        if verdict == "counted":
+            self._journal.info("contribution counted", **facts)
+        else:
+            self._journal.warning(f"contribution {verdict}", error=error, reason=message, **facts)
+        for plan_id in entry.plans:
+            self._plans.close(plan_id)
+
+    def unsendable(self, entry: Entry, error: FarflungError) -> None:
+        """A contribution's payload is damaged here; it was removed."""
+        self._journal.error("a contribution is damaged", contribution=entry.digest)
+        for plan_id in entry.plans:
+            assignment = self._plans.get(plan_id)
+            if assignment is not None:
+                self.failed(assignment, type(error).__name__, self._disclosure.own(error))
+
+    # -- the command line ------------------------------------------------------------------------
+
+    def _answer(self, op: str, request: dict[str, Any]) -> dict[str, Any]:
+        match op:
+            case "status":
+                return self._status()
+            case "pause" | "resume":
+                self._pause(op == "pause")
+                return {"paused": self._paused}
+            case "leave":
+                return self._leave(str(request.get("run", "")))
+            case _:
+                raise InvalidInput(f"unknown operation {op}")
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "site": self.site,
+            "federation": self._keys.federation,
+            "orchestrator": self._wire.address,
+            "attached": self._stream.attached,
+            "problem": "" if self._stream.attached else self._stream.problem,
+            "paused": self._paused,
+            "certificate_expires": self._keys.expires.isoformat(),
+            "trainer_pid": self._worker.trainer_pid,
+            "device": self._device(),
+            "tasks": sorted(self._sources),
+            "plans": [
+                {
+                    "plan": a.plan.id,
+                    "state": a.state_name,
+                    "done": a.done,
+                    "planned": a.planned,
+                    "unit": a.unit,
+                }
+                for a in self._plans.all()
+            ],
+            "waiting": [
+                {"contribution": e.digest, "plan": e.header.plan_id, "nbytes": e.index.nbytes}
+                for e in self._outbox.waiting()
+            ],
+            "received_bytes": self._fetcher.received_bytes,
+            "sent_bytes": self._sender.sent_bytes,
+        }
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        mark = self._home.root / "paused"
+        if paused:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+        self._worker.pause(paused)
+        beat = site_pb2.Heartbeat(sequence=0, paused=paused)
+        self._stream.say(site_pb2.FromSite(heartbeat=beat))
+        self._journal.info("paused" if paused else "resumed")
+
+    def _leave(self, run: str) -> dict[str, Any]:
+        if not run:
+            raise InvalidInput("leave: which run?")
+        self._stream.say(site_pb2.FromSite(leave=site_pb2.LeaveRun(run=run)))
+        for assignment in self._plans.all():
+            if assignment.plan.run == run:
+                self._cancelled(assignment.plan.id, "this site leaves the run")
+        removed = self._outbox.forget_run(run)
+        self._journal.info("left a run", run=run, removed=removed)
+        return {"run": run, "removed": removed, "told": self._stream.attached}

@@ -1,0 +1,82 @@
+"""What may leave a site besides weights: every text and every metric passes here, and is noted.
+
+By default an error leaves as its class, file and line: its message may quote data. Messages that
+Farflung itself wrote about tensors, keys and versions leave as they are. What left stands in
+``sent.log``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from protos.errors import FarflungError
+from site_agent.config import PolicySection
+from site_agent.link.journal import LineFile
+from site_agent.pipe import Failed
+
+MAX_TEXT = 1000
+
+
+class Disclosure:
+    """The site's policy on texts and metrics.
+
+    Args:
+        site: Name of the site.
+        policy: [policy] of site.toml.
+        log: File that lists what left.
+    """
+
+    def __init__(self, site: str, policy: PolicySection, log: Path) -> None:
+        self._site, self._policy, self._log = site, policy, LineFile(log)
+
+    def failure(self, failed: Failed) -> str:
+        """What is said of an exception in the trainer."""
+        if failed.ours:
+            return self._cut(self._named(failed.message))
+        what = f"{failed.cause} at {failed.where}" if failed.where else failed.cause
+        if failed.out_of_memory:
+            text = f"the task ran out of memory ({what})"
+        else:
+            text = f"the task failed: {what}"
+        if self._policy.error_text == "full" and failed.message:
+            text += f": {failed.message}"
+        return self._cut(self._named(text))
+
+    def own(self, error: FarflungError) -> str:
+        """What is said of an error that the link found: it knows no data."""
+        return self._cut(self._named(error.message))
+
+    def metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that may leave."""
+        return {
+            name: value
+            for name, value in metrics.items()
+            if math.isfinite(value) and self._allowed(name)
+        }
+
+    def loss(self, loss: float | None) -> float:
+        """The running loss of a progress message; NaN where the policy hides it."""
+        if loss is None or not math.isfinite(loss) or not self._allowed("train_loss"):
+            return math.nan
+        return loss
+
+    def sent(self, kind: str, **content: Any) -> None:
+        """Note what left."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._log.write({"time": now, "sent": kind, **content})
+
+    def _allowed(self, name: str) -> bool:
+        allowed = self._policy.metrics
+        return allowed == "all" or any(fnmatchcase(name, pattern) for pattern in allowed)
+
+    def _named(self, text: str) -> str:
+        start = f"site {self._site}"
+        return text if text.startswith(start) else f"{start}: {text}"
+
+    def _cut(self, text: str) -> str:
+        return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"

@@ -1,0 +1,213 @@
+"""Fetches bases and frozen parts: chunk by chunk, checked, resumable, one after the other."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from protos.chunks import ChunkFile, write_durably
+from protos.errors import DataCorrupt, FarflungError, OutOfSpace, Unavailable
+from protos.manifest import Index, Manifest
+from protos.rpc import from_rpc_error
+from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
+from site_agent.link.journal import Journal
+from site_agent.link.policy import Policy
+from site_agent.link.wire import Wire, backoff
+
+SPARE_BYTES = 64 << 20
+"""Free space that a download leaves on the disk."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """Something to fetch.
+
+    Attributes:
+        digest: Of its index.
+        wanted: Whether somebody still waits for it.
+        progress: Called with bytes here and bytes in all.
+        done: Called with the file, or with what went wrong.
+    """
+
+    digest: str
+    wanted: Callable[[], bool]
+    progress: Callable[[int, int], None]
+    done: Callable[[Path | FarflungError], None]
+
+
+class Fetcher:
+    """The downloads of a site, one at a time, in the order of the plans.
+
+    Args:
+        wire: Connections.
+        cache: Folder: ``<digest>.data``, ``.index``, ``.manifest``.
+        policy: Bounds the size.
+        keep: How many files stay.
+        journal: Log.
+    """
+
+    def __init__(
+        self, wire: Wire, cache: Path, policy: Policy, keep: int, journal: Journal
+    ) -> None:
+        self._wire, self._cache, self._policy = wire, cache, policy
+        self._keep, self._journal = keep, journal
+        self._queue: queue.SimpleQueue[Want | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._channel: grpc.Channel | None = None
+        self._lock = threading.Lock()
+        self._in_use: list[str] = []
+        self.received_bytes = 0
+
+    def want(self, want: Want) -> None:
+        """Ask for a file; the answer comes from the fetcher's thread."""
+        self._queue.put(want)
+
+    def stop(self) -> None:
+        """End the thread; a download goes on where it was the next time."""
+        self._stop.set()
+        self._queue.put(None)
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Use a new connection from now on (new keys, or an end)."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def run(self) -> None:
+        """Fetch until stopped."""
+        while (want := self._queue.get()) is not None and not self._stop.is_set():
+            try:
+                path = self._obtain(want)
+            except FarflungError as error:
+                want.done(error)
+                continue
+            except OSError as error:
+                want.done(OutOfSpace(f"cache: {error.strerror or error}"))
+                continue
+            if path is not None:
+                want.done(path)
+
+    # -- one file --------------------------------------------------------------------------------
+
+    def path(self, digest: str) -> Path:
+        """Where a fetched file lies."""
+        return self._cache / f"{digest}.data"
+
+    def _obtain(self, want: Want) -> Path | None:
+        path = self.path(want.digest)
+        self._use(want.digest)
+        if not self._is_here(path):
+            waits = backoff()
+            while not self._download(want, path):
+                if self._stop.wait(next(waits)) or not want.wanted():
+                    return None
+        path.touch()
+        self._prune()
+        return path
+
+    def _is_here(self, path: Path) -> bool:
+        index = _read_index(path)
+        partial = path.with_name(path.name + ".have")
+        return (
+            index is not None
+            and path.with_suffix(".manifest").exists()
+            and path.exists()
+            and not partial.exists()
+            and path.stat().st_size == index.nbytes
+        )
+
+    def _download(self, want: Want, path: Path) -> bool:
+        """One attempt; False if the connection broke."""
+        index = _read_index(path)
+        file = ChunkFile(path, index) if index is not None else None
+        if file is not None and file.complete:  # all came, and the agent ended before it knew
+            file.finish()
+            return True
+        missing = file.missing() if file is not None else []
+        request = site_pb2.FetchRequest(
+            digest=want.digest,
+            missing=[common_pb2.ChunkRange(first=a, end=b) for a, b in missing],
+        )
+        try:
+            replies = self._stub().FetchModel(request)
+            for reply in replies:
+                if not want.wanted() or self._stop.is_set():
+                    replies.cancel()
+                    return False
+                if reply.WhichOneof("kind") == "head":
+                    if file is None:
+                        file = self._announced(want, path, reply.head)
+                elif file is not None:
+                    file.write(reply.chunk.number, reply.chunk.data)
+                    self.received_bytes += len(reply.chunk.data)
+                    want.progress(file.received_bytes, file.index.nbytes)
+            if file is None:
+                raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
+            if not file.complete:
+                return False
+            file.finish()
+        except grpc.RpcError as error:
+            problem = from_rpc_error(error)
+            self.reconnect()
+            if not isinstance(problem, Unavailable):
+                raise problem from None
+            self._journal.warning("fetch interrupted", model=want.digest, reason=problem.message)
+            return False
+        finally:
+            if file is not None and not file.complete:
+                file.close()
+        return True
+
+    def _announced(self, want: Want, path: Path, head: site_pb2.ArtefactHead) -> ChunkFile:
+        index, manifest = Index.decode(head.index), Manifest.decode(head.manifest)
+        if index.digest != want.digest:
+            raise DataCorrupt(f"model {want.digest[:12]}: another index came than was asked for")
+        if manifest.digest != index.manifest or manifest.nbytes != index.nbytes:
+            raise DataCorrupt(f"model {want.digest[:12]}: its manifest is not the one of its index")
+        self._policy.check_size(index.nbytes, "a model")
+        free = shutil.disk_usage(self._cache).free
+        if free < index.nbytes + SPARE_BYTES:
+            raise OutOfSpace(
+                f"a model of {index.nbytes} bytes does not fit: {free} bytes are free at this site",
+                needed=index.nbytes,
+                free=free,
+            )
+        write_durably(path.with_suffix(".manifest"), manifest.encoded, 0o600)
+        write_durably(path.with_suffix(".index"), index.encoded, 0o600)
+        return ChunkFile(path, index)
+
+    def _stub(self) -> site_pb2_grpc.BulkStub:
+        with self._lock:
+            if self._channel is None:
+                self._channel = self._wire.open()
+            return site_pb2_grpc.BulkStub(self._channel)
+
+    # -- cache -----------------------------------------------------------------------------------
+
+    def _use(self, digest: str) -> None:
+        self._in_use = [*(d for d in self._in_use if d != digest), digest][-2:]
+
+    def _prune(self) -> None:
+        """Remove what was used longest ago."""
+        files = sorted(self._cache.glob("*.data"), key=lambda f: f.stat().st_mtime, reverse=True)
+        for old in files[self._keep :]:
+            if old.stem in self._in_use:
+                continue
+            for suffix in (".data.have", ".index", ".manifest", ".data"):
+                (self._cache / f"{old.stem}{suffix}").unlink(missing_ok=True)
+
+
+def _read_index(path: Path) -> Index | None:
+    try:
+        index = Index.decode(path.with_suffix(".index").read_bytes())
+    except (FarflungError, OSError):
+        return None
+    return index if index.digest == path.stem else None

@@ -1,0 +1,71 @@
+"""What the agent writes down: its log, and the list of what left the site. JSON, one line each."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+ROTATE_BYTES = 50 << 20
+
+
+class LineFile:
+    """A file that lines of JSON are appended to; the one before it is kept as ``.1``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._file: TextIO | None = None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line. A full disk must not end the agent, so an error is only printed."""
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self._path.open("a", encoding="utf-8", buffering=1)
+                self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                if self._file.tell() > ROTATE_BYTES:
+                    self._file.close()
+                    self._file = None
+                    self._path.replace(self._path.with_name(self._path.name + ".1"))
+            except OSError as error:
+                sys.stderr.write(f"farflung-site: {self._path.name}: {error}\n")
+
+
+class Journal:
+    """The agent's log.
+
+    Args:
+        path: The file.
+        site: Stands in every line.
+        echo: Called with every line too, for a terminal.
+    """
+
+    def __init__(
+        self, path: Path, site: str, echo: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self._file, self._site, self._echo = LineFile(path), site, echo
+
+    def info(self, event: str, **facts: Any) -> None:
+        """Something happened."""
+        self._write("info", event, facts)
+
+    def warning(self, event: str, **facts: Any) -> None:
+        """Something happened that somebody may want to look at."""
+        self._write("warning", event, facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        """Something failed."""
+        self._write("error", event, facts)
+
+    def _write(self, level: str, event: str, facts: dict[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "level": level, "site": self._site, "event": event, **facts}
+        self._file.write(line)
+        if self._echo is not None:
+            self._echo(line)

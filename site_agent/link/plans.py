@@ -1,0 +1,87 @@
+"""The plans that are open at this site, and how far each of them is."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from time import monotonic
+
+from protos.plan import Plan
+from protos.v1 import site_pb2
+
+REMEMBERED = 256
+"""How many plans that ended are remembered, so that one that comes again is answered, not done."""
+
+
+@dataclass
+class Assignment:
+    """One open plan.
+
+    Attributes:
+        plan: The plan.
+        state: Where it is, as in `Progress`.
+        done: Of ``planned``, in ``unit``.
+        planned: See ``done``.
+        unit: See ``done``.
+        since: When it came, on the monotonic clock.
+        cancelled: The orchestrator does not want it any more.
+    """
+
+    plan: Plan
+    state: site_pb2.Progress.State.ValueType = site_pb2.Progress.WAITING
+    done: float = 0.0
+    planned: float = 0.0
+    unit: str = ""
+    since: float = field(default_factory=monotonic)
+    cancelled: bool = False
+
+    @property
+    def state_name(self) -> str:
+        """The state in lower case."""
+        return site_pb2.Progress.State.Name(self.state).lower()
+
+
+class OpenPlans:
+    """Open plans by id, and the outcomes of those that ended without a contribution."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, Assignment] = {}
+        self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()
+
+    def add(self, assignment: Assignment) -> bool:
+        """Open a plan; False if it is open already."""
+        with self._lock:
+            if assignment.plan.id in self._open:
+                return False
+            self._open[assignment.plan.id] = assignment
+            return True
+
+    def get(self, plan_id: str) -> Assignment | None:
+        """An open plan."""
+        with self._lock:
+            return self._open.get(plan_id)
+
+    def close(self, plan_id: str) -> None:
+        """A plan ended."""
+        with self._lock:
+            self._open.pop(plan_id, None)
+
+    def fail(self, plan_id: str, outcome: site_pb2.Outcome) -> None:
+        """A plan ended without a contribution."""
+        with self._lock:
+            self._open.pop(plan_id, None)
+            self._outcomes[plan_id] = outcome
+            while len(self._outcomes) > REMEMBERED:
+                self._outcomes.popitem(last=False)
+
+    def outcome(self, plan_id: str) -> site_pb2.Outcome | None:
+        """How a plan ended without a contribution, if it did."""
+        with self._lock:
+            return self._outcomes.get(plan_id)
+
+    def all(self) -> list[Assignment]:
+        """All open plans, in the order in which they came."""
+        with self._lock:
+            return list(self._open.values())

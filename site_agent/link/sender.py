@@ -1,0 +1,209 @@
+"""Empties the outbox: offers every finished contribution until it has a final answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Protocol
+
+import grpc
+
+from protos.chunks import read_chunks
+from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable
+from protos.rpc import from_rpc_error
+from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
+from site_agent.link.journal import Journal
+from site_agent.link.outbox import Entry, Outbox, Verdict
+from site_agent.link.wire import Wire, backoff
+
+STATUS_TIMEOUT_S = 30.0
+
+VERDICTS: dict[int, Verdict] = {
+    common_pb2.Answer.COUNTED: "counted",
+    common_pb2.Answer.LATE: "late",
+    common_pb2.Answer.REFUSED: "refused",
+}
+
+
+class Ears(Protocol):
+    """Who hears how the sending goes."""
+
+    def sending(self, entry: Entry, done: int, planned: int) -> None:
+        """Bytes of a contribution left."""
+
+    def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
+        """A contribution has its final answer."""
+
+    def unsendable(self, entry: Entry, error: FarflungError) -> None:
+        """A contribution's payload is damaged here; it was removed."""
+
+
+class Sender:
+    """See the module.
+
+    Args:
+        wire: Connections.
+        outbox: What is to be sent.
+        ears: Who hears of it.
+        journal: Log.
+    """
+
+    def __init__(self, wire: Wire, outbox: Outbox, ears: Ears, journal: Journal) -> None:
+        self._wire, self._outbox, self._ears, self._journal = wire, outbox, ears, journal
+        self._condition = threading.Condition()
+        self._stopped = False
+        self._attached = False
+        self._channel: grpc.Channel | None = None
+        self._call: grpc.Call | None = None
+        self._not_before: dict[str, float] = {}
+        self._waits: dict[str, Iterator[float]] = {}
+        self.sent_bytes = 0
+
+    # -- from other threads ----------------------------------------------------------------------
+
+    def nudge(self) -> None:
+        """Something is new in the outbox."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def attached(self, attached: bool) -> None:
+        """The control stream is there, or not; nothing is sent without it."""
+        with self._condition:
+            self._attached = attached
+            if attached:
+                self._not_before.clear()
+                self._waits.clear()
+            self._condition.notify_all()
+
+    def reconnect(self) -> None:
+        """Use a new connection from now on (new keys, or an end)."""
+        with self._condition:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def stop(self) -> None:
+        """End the thread; what is not sent stays in the outbox."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+        self.reconnect()
+
+    def apply(self, answer: common_pb2.Answer) -> None:
+        """A final answer, from whichever stream it came."""
+        entry = self._outbox.find(answer.contribution, answer.plan_id)
+        if entry is not None and answer.verdict in VERDICTS:
+            self._settle(entry, answer)
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Send until stopped."""
+        while (entry := self._next()) is not None:
+            try:
+                self._send(entry)
+            except Unavailable as error:
+                self.reconnect()
+                self._later(entry, error)
+            except (DataCorrupt, ManifestInvalid) as error:
+                self._outbox.discard(entry)
+                self._ears.unsendable(entry, error)
+            except FarflungError as error:
+                self._later(entry, error)
+            except OSError as error:
+                self._outbox.discard(entry)
+                self._ears.unsendable(entry, DataCorrupt(f"the outbox can't be read: {error}"))
+
+    def _next(self) -> Entry | None:
+        """The next contribution whose time has come; None at the end."""
+        with self._condition:
+            while not self._stopped:
+                now, soonest = monotonic(), None
+                for entry in self._outbox.waiting() if self._attached else ():
+                    due = self._not_before.get(entry.digest, now)
+                    if due <= now:
+                        return entry
+                    soonest = due if soonest is None else min(soonest, due)
+                self._condition.wait(None if soonest is None else soonest - now)
+            return None
+
+    def _later(self, entry: Entry, error: FarflungError) -> None:
+        wait = next(self._waits.setdefault(entry.digest, backoff()))
+        self._journal.warning(
+            "sending interrupted",
+            contribution=entry.digest,
+            reason=error.message,
+            again_in_s=round(wait, 2),
+        )
+        with self._condition:
+            self._not_before[entry.digest] = monotonic() + wait
+
+    def _send(self, entry: Entry) -> None:
+        stub = site_pb2_grpc.BulkStub(self._open())
+        broken: list[FarflungError | OSError] = []
+        try:
+            request = site_pb2.StatusRequest(plan_id=entry.header.plan_id)
+            status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
+            if status.HasField("answer") and self._is_ours(status.answer, entry):
+                self._settle(entry, status.answer)
+                return
+            missing = [(r.first, r.end) for r in status.missing] if status.known else None
+            answer = stub.Contribute(_watched(self._messages(entry, missing), broken))
+        except grpc.RpcError as error:
+            # What fails in the messages' iterator, gRPC only reports as a call that broke.
+            raise (broken[0] if broken else from_rpc_error(error)) from None
+        self._settle(entry, answer)
+
+    @staticmethod
+    def _is_ours(answer: common_pb2.Answer, entry: Entry) -> bool:
+        """Whether an answer to the plan is one to this contribution."""
+        return answer.contribution in ("", entry.digest)
+
+    def _open(self) -> grpc.Channel:
+        with self._condition:
+            if self._channel is None:
+                self._channel = self._wire.open()
+            return self._channel
+
+    def _messages(
+        self, entry: Entry, missing: list[tuple[int, int]] | None
+    ) -> Iterator[site_pb2.ContributeRequest]:
+        """The head, then what is missing there; everything if it never heard of it (None)."""
+        yield site_pb2.ContributeRequest(
+            head=site_pb2.ContributionHead(
+                header=entry.encoded, signature=entry.signature, index=entry.index.encoded
+            )
+        )
+        ranges = [(0, len(entry.index.chunks))] if missing is None else missing
+        planned = sum(
+            stop - start
+            for first, end in ranges
+            for start, stop in map(entry.index.span, range(first, end))
+        )
+        done = 0
+        self._ears.sending(entry, done, planned)
+        if not ranges or not entry.index.chunks:
+            return
+        for number, data in read_chunks(entry.payload, entry.index, ranges):
+            yield site_pb2.ContributeRequest(chunk=common_pb2.Chunk(number=number, data=data))
+            done += len(data)
+            self.sent_bytes += len(data)
+            self._ears.sending(entry, done, planned)
+
+    def _settle(self, entry: Entry, answer: common_pb2.Answer) -> None:
+        verdict = VERDICTS.get(answer.verdict)
+        if verdict is None:
+            raise Unavailable("the orchestrator gave an answer without a verdict")
+        self._outbox.answer(entry, verdict, answer.message)
+        self._ears.answered(entry, verdict, answer.error, answer.message)
+
+
+def _watched(
+    messages: Iterator[site_pb2.ContributeRequest], broken: list[FarflungError | OSError]
+) -> Iterator[site_pb2.ContributeRequest]:
+    try:
+        yield from messages
+    except (FarflungError, OSError) as error:
+        broken.append(error)
+        raise

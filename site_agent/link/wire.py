@@ -1,0 +1,171 @@
+"""Connections to the orchestrator: mutual TLS, dialled from here, one for control and one for bulk."""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from protos.errors import FarflungError, NotEnrolled, Unavailable
+from protos.identity import key_pem
+from site_agent.link.keys import Keys
+
+MESSAGE_BYTES = 16 << 20
+KEEPALIVE_MS = 30_000
+PROBE_S = 5.0
+
+Options = list[tuple[str, str | int]]
+
+
+def channel_options(address: str, server_name: str = "") -> Options:
+    """What both connections have in common."""
+    options: Options = [
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Without it, channels to one address share one TCP connection.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is this machine's own."""
+    host = host_of(address)
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def host_of(address: str) -> str:
+    """The host of host:port."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def dial(
+    address: str, key: bytes, certificate: bytes, authority: bytes, server_name: str = ""
+) -> grpc.Channel:
+    """A channel with a client certificate; connects when it is first used."""
+    credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+    return grpc.secure_channel(address, credentials, channel_options(address, server_name))
+
+
+class Wire:
+    """Makes connections with the keys of the moment.
+
+    Args:
+        keys: Gives the keys; they change when a certificate is renewed.
+        address: host:port; empty for the join token's.
+        server_name: Name to expect in the orchestrator's certificate; empty for the host's.
+    """
+
+    def __init__(self, keys: Callable[[], Keys], address: str = "", server_name: str = "") -> None:
+        self._keys, self._address, self._server_name = keys, address, server_name
+
+    @property
+    def address(self) -> str:
+        """host:port of the orchestrator."""
+        return self._address or self._keys().address
+
+    def open(self) -> grpc.Channel:
+        """A connection of its own."""
+        keys = self._keys()
+        return dial(
+            self.address,
+            key_pem(keys.key),
+            keys.certificate,
+            keys.authority,
+            self._server_name,
+        )
+
+    def diagnose(self) -> FarflungError | None:
+        """Why no connection comes about; None if one does, as far as TLS goes.
+
+        gRPC says "Socket closed" for every refusal, so this shakes hands by hand and reads the alert.
+        """
+        keys = self._keys()
+        if keys.expires < datetime.now(UTC):
+            return NotEnrolled(
+                f"site {keys.site}: its certificate expired at {keys.expires:%Y-%m-%d %H:%M} UTC; "
+                "ask the operator for a new join token",
+                site=keys.site,
+            )
+        return probe(self.address, keys.folder, keys.site, self._server_name)
+
+
+def probe(address: str, folder: Path, site: str, server_name: str = "") -> FarflungError | None:
+    """Shake hands with an orchestrator by hand.
+
+    Args:
+        address: host:port.
+        folder: Holds key.pem, cert.pem, ca.pem.
+        site: Our name.
+        server_name: Name to expect; empty for the host's.
+
+    Returns:
+        Unavailable or NotEnrolled with the reason; None if the handshake succeeds.
+    """
+    host, port = host_of(address), address.rpartition(":")[2]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(folder / "ca.pem")
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    context.set_alpn_protocols(["h2"])
+    try:
+        raw = socket.create_connection((host, int(port)), timeout=PROBE_S)
+    except OSError as error:
+        return Unavailable(
+            f"orchestrator {address}: not reachable ({error.strerror or error}); is it running, "
+            "and does a firewall let this site out to that port?",
+            address=address,
+        )
+    try:
+        with raw, context.wrap_socket(raw, server_hostname=server_name or host) as connection:
+            # With TLS 1.3 a server refuses a client's certificate after the handshake; an HTTP/2
+            # server that accepts it speaks first.
+            if connection.recv(1):
+                return None
+        refusal = "it closed the connection"
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH
+            return NotEnrolled(
+                f"orchestrator {address}: its certificate is not for the name "
+                f"{server_name or host}; set network.server_name in site.toml, or have the "
+                "operator add the name to listen.hosts",
+                address=address,
+            )
+        return NotEnrolled(
+            f"orchestrator {address}: its certificate is from another authority than this site's "
+            f"federation ({error.verify_message}); is the address right, or was the orchestrator "
+            "set up anew? Then ask the operator for a new join token",
+            address=address,
+        )
+    except TimeoutError:
+        return Unavailable(f"orchestrator {address}: it does not answer", address=address)
+    except (ssl.SSLError, OSError) as error:
+        refusal = getattr(error, "reason", None) or error.strerror or type(error).__name__
+    return NotEnrolled(
+        f"orchestrator {address}: it refuses the certificate of site {site} ({refusal}): it was "
+        "issued by another authority, or has expired; ask the operator for a new join token",
+        address=address,
+        site=site,
+    )
+
+
+def backoff(first_s: float = 0.2, most_s: float = 15.0) -> Iterator[float]:
+    """Waits between attempts: doubling, each drawn from its upper half so that sites don't march."""
+    wait = first_s
+    while True:
+        yield random.uniform(wait / 2, wait)
+        wait = min(2 * wait, most_s)

@@ -1,0 +1,89 @@
+"""Evaluation at a site: sums over its samples, never samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protos.plan import Plan
+from site_agent.pipe import Progress
+from site_agent.trainer.device import widened
+from site_agent.trainer.watch import Watch
+from site_agent.trainer.workload import Workload
+from strategies.scores import Sums, add, flatten, is_classification, sums_of
+
+BATCH_SIZE = 512
+SPLITS = ("val", "test")
+
+
+def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor], int]:
+    """The sums that a plan asks for, by side payload name, and the number of val samples.
+
+    For assess: ``val/…`` and ``test/…``, and what each strategy's ``evaluate`` adds over val as
+    ``strategy/…``. For reassess: ``val_calibrated/…`` and ``test_calibrated/…``, after the
+    transforms of the strategies for which the plan has a calibration map.
+    """
+    out: dict[str, Tensor] = {}
+    samples = 0
+    work.model.eval()
+    for split in SPLITS:
+        sums = _split(work, plan, split, watch)
+        prefix = f"{split}_calibrated" if plan.kind == "reassess" else split
+        for name, value in sums.items():
+            # A name with a slash is a strategy's own.
+            out[name if "/" in name else f"{prefix}/{name}"] = value
+        if split == "val" and sums:
+            samples = int(sums["n"])
+    return out, samples
+
+
+@torch.no_grad()
+def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
+    batches = work.batches(split, BATCH_SIZE)
+    if batches is None:
+        return {}
+    total: Sums = {}
+    done = 0
+    for batch in batches.epoch(None, 0):
+        watch.check()
+        inputs, targets = work.task.unpack(batch)
+        with work.device.autocast():
+            outputs = work.task.forward(work.model, inputs)
+        outputs = widened(outputs)
+        if plan.kind == "reassess":
+            outputs = _calibrated(work, plan, outputs)
+        part = sums_of(work.task, outputs, targets)
+        if split == "val" and plan.kind == "assess":
+            part |= _of_strategies(work, outputs, targets)
+        total = add(total, part)
+        done += int(part["n"])
+        if watch.due:
+            watch.tell(
+                Progress(
+                    job=watch.job,
+                    state="TRAINING",
+                    done=done,
+                    planned=float(batches.examples or 0),
+                    unit=f"{split} samples",
+                )
+            )
+    return total
+
+
+def _of_strategies(work: Workload, outputs: Any, targets: Any) -> Sums:
+    out: Sums = {}
+    if is_classification(work.task):
+        outputs, targets = flatten(outputs, targets)
+    for strategy in work.stack.having("evaluate"):
+        for name, value in strategy.evaluate(outputs, targets).items():
+            out[f"{strategy.name}/{name}"] = value.detach().to("cpu")
+    return out
+
+
+def _calibrated(work: Workload, plan: Plan, outputs: Any) -> Any:
+    for strategy in work.stack.having("transform"):
+        if strategy.name in plan.calibration:
+            outputs = strategy.transform(outputs, plan.calibration[strategy.name])
+    return outputs

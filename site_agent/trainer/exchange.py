@@ -1,0 +1,205 @@
+"""What a site does for a plan: train, assess, or give the first base. Each ends in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from protos.errors import TaskFailed
+from protos.manifest import Manifest, Placement, TensorSpec
+from protos.plan import Plan
+from protos.tensors import DTYPES, iterate_bytes
+from site_agent.pipe import Progress
+from site_agent.trainer import inner_optimizer
+from site_agent.trainer.assessing import assess
+from site_agent.trainer.fitting import Fitted, fit
+from site_agent.trainer.payload import Blocks, Contribution, blocks_of
+from site_agent.trainer.randomness import round_generator
+from site_agent.trainer.site_state import SiteState
+from site_agent.trainer.watch import Watch
+from site_agent.trainer.workload import Workload
+from strategies.context import SidePayload, Update
+from strategies.stack import State
+
+
+@dataclass
+class Clock:
+    """Wall seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    now: Callable[[], float] = monotonic
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is inside."""
+        started = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+
+
+@dataclass
+class Exchange:
+    """One plan at this site.
+
+    Attributes:
+        work: Task and model.
+        plan: The plan.
+        watch: The line to the link.
+        clock: Seconds by phase.
+        base: File of the base.
+        state: Folder of the state to start from; None for none.
+        out: Where the contribution goes.
+    """
+
+    work: Workload
+    plan: Plan
+    watch: Watch
+    clock: Clock
+    base: Path | None
+    state: Path | None
+    out: Path
+
+    def perform(self) -> None:
+        """Do it.
+
+        Raises:
+            FarflungError: What is wrong, naming site and tensor.
+            JobCancelled: The link does not want it any more.
+        """
+        match self.plan.kind:
+            case "train":
+                made = self._train()
+            case "init":
+                made = self._first_base()
+            case _:
+                made = self._assess()
+        made.task_digest = self.work.task_digest
+        made.packages = self.work.device.packages()
+        made.seconds = {name: round(value, 6) for name, value in self.clock.seconds.items()}
+        made.write(self.out)
+
+    # -- train --------------------------------------------------------------------------------
+
+    def _train(self) -> Contribution:
+        """adopt, fit, encode."""
+        work, plan = self.work, self.plan
+        base, remembered = self._start()
+        adopted, state = work.stack.adopt(dict(base), remembered.strategies, plan)
+        work.load(adopted)
+        with self.clock.phase("training"):
+            fitted = fit(work, plan, base, state, remembered.optimizer, self.watch)
+        self.watch.tell(Progress(job=self.watch.job, state="ENCODING"))
+        with self.clock.phase("encoding"):
+            return self._encode(base, fitted)
+
+    def _encode(self, base: dict[str, Tensor], fitted: Fitted) -> Contribution:
+        work, plan = self.work, self.plan
+        covered = work.shared.covering(plan.groups)
+        work.model.eval()
+        update = Update(
+            tensors=_differences(covered, base, work.values(covered)),
+            examples=fitted.examples,
+            steps=fitted.steps,
+            epochs=fitted.epochs,
+            model=work.model,
+            task=work.task,
+            generator=round_generator(plan),
+        )
+        with torch.no_grad():
+            update, strategies = work.stack.encode(update, plan, fitted.state)
+        codec = work.stack.codec.name if work.stack.codec and update.blocks is not None else ""
+        metrics = {"train_loss": fitted.losses[1], "train_loss_first": fitted.losses[0]}
+        if plan.last_counted and self.state is None:
+            metrics["train_state_missing"] = 1.0
+        return Contribution(
+            plan=plan,
+            manifest=covered.digest,
+            blocks=blocks_of(work.site, covered, update, codec),
+            payloads=update.payloads,
+            examples=fitted.examples,
+            steps=fitted.steps,
+            epochs=fitted.epochs,
+            metrics=metrics,
+            state=self._next_state(strategies, fitted),
+        )
+
+    def _next_state(self, strategies: State, fitted: Fitted) -> SiteState:
+        keep = self.plan.optimizer.keep_state
+        return SiteState(
+            own=self.work.values(self.work.own),
+            strategies=strategies,
+            optimizer=inner_optimizer.saved(fitted.optimizer, self.work.model) if keep else {},
+        )
+
+    def _start(self) -> tuple[dict[str, Tensor], SiteState]:
+        """The base, loaded into the model, and what this site remembers."""
+        if self.base is None:
+            raise TaskFailed(f"site {self.work.site}: the plan names no base")
+        base = self.work.read_base(self.base)
+        remembered = SiteState.read(self.state) if self.state else SiteState()
+        self.work.reset()
+        self.work.load(base)
+        self.work.load({n: v for n, v in remembered.own.items() if n in self.work.own})
+        return base, remembered
+
+    # -- init ------------------------------------------------------------------------------------
+
+    def _first_base(self) -> Contribution:
+        """The model as it was built: the shared part as an artefact, the rest as side payloads."""
+        work = self.work
+        state = work.state()
+        sides = {"init/manifest": _bytes(work.shared.encoded)}
+        places: tuple[Placement, ...] = ("frozen", "orchestrator")
+        for place in places:
+            part = work.manifest.of(place)
+            if len(part):
+                sides[f"init/{place}"] = _bytes(b"".join(iterate_bytes(part, state)))
+                sides[f"init/{place}_manifest"] = _bytes(part.encoded)
+        return Contribution(
+            plan=self.plan,
+            manifest=work.shared.digest,
+            blocks=Blocks(iterate_bytes(work.shared, state)),
+            payloads=sides,
+        )
+
+    # -- assess ----------------------------------------------------------------------------------
+
+    def _assess(self) -> Contribution:
+        """The candidate as it is: `adopt` is not asked, so that all sites score the same model."""
+        self._start()
+        with self.clock.phase("assessing"):
+            sums, samples = assess(self.work, self.plan, self.watch)
+        return Contribution(
+            plan=self.plan,
+            manifest=self.work.shared.digest,
+            payloads={name: SidePayload(value) for name, value in sums.items()},
+            examples=samples,
+        )
+
+
+def _differences(
+    covered: Manifest, base: dict[str, Tensor], local: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is sent: base - local for parameters, the local value for statistics and counters."""
+
+    def wire(spec: TensorSpec, tensor: Tensor) -> Tensor:
+        return tensor.to(DTYPES[spec.wire_dtype])
+
+    return {
+        spec.name: wire(spec, base[spec.name]) - wire(spec, local[spec.name])
+        if spec.kind == "parameter"
+        else wire(spec, local[spec.name])
+        for spec in covered
+    }
+
+
+def _bytes(data: bytes) -> SidePayload:
+    return SidePayload(torch.frombuffer(bytearray(data), dtype=torch.uint8), "keep per site")

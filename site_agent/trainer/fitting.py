@@ -1,0 +1,225 @@
+"""Local training: one round's work at a site, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from protos.errors import TaskFailed
+from protos.plan import Plan
+from site_agent.pipe import Progress
+from site_agent.trainer.device import widened
+from site_agent.trainer.inner_optimizer import make_optimizer, restore, set_rate
+from site_agent.trainer.pace import Pace
+from site_agent.trainer.randomness import seed_epoch, step_generator
+from site_agent.trainer.watch import Watch
+from site_agent.trainer.workload import Workload
+from strategies.context import Step
+from strategies.stack import State
+
+
+@dataclass
+class Fitted:
+    """What a round of local training gives besides the model.
+
+    Attributes:
+        state: State of the strategies.
+        optimizer: The inner optimizer, with its state.
+        examples: Training examples at the site.
+        steps: Steps made.
+        epochs: Passes made over the data.
+        losses: Mean loss of the first and of the last pass (the whole round if it is shorter).
+    """
+
+    state: State
+    optimizer: Optimizer
+    examples: int
+    steps: int
+    epochs: float
+    losses: tuple[float, float]
+
+
+@dataclass
+class Losses:
+    """The losses of a round; they stay on the device until somebody looks.
+
+    Attributes:
+        site: For the error.
+        values: One a step, as far as they were looked at.
+    """
+
+    site: str
+    values: list[float] = field(default_factory=list)
+    _unread: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Tensor) -> None:
+        """The loss of a step."""
+        self._unread.append(loss.detach())
+
+    def look(self) -> None:
+        """Fetch what was added.
+
+        Raises:
+            TaskFailed: One is not a finite number; says which.
+        """
+        if not self._unread:
+            return
+        fetched = torch.stack([v.reshape(()).float() for v in self._unread]).tolist()
+        self._unread.clear()
+        for value in fetched:
+            if not math.isfinite(value):
+                step = len(self.values) + 1
+                raise TaskFailed(
+                    f"site {self.site}: the loss became {value} at step {step} of the round; a "
+                    "lower learning rate, or local.gradient_clip, may help",
+                    site=self.site,
+                    step=step,
+                )
+            self.values.append(value)
+
+    def mean(self, first: int, end: int) -> float:
+        """Mean over some steps."""
+        part = self.values[first:end]
+        return math.fsum(part) / len(part)
+
+
+def fit(
+    work: Workload,
+    plan: Plan,
+    base: dict[str, Tensor],
+    state: State,
+    optimizer_state: dict[str, Tensor],
+    watch: Watch,
+    clock: Callable[[], float] = monotonic,
+) -> Fitted:
+    """Train the loaded model as a plan says.
+
+    Args:
+        work: Task and model; the model holds what was adopted of the base.
+        plan: How much, how fast, in which stack.
+        base: Shared tensors of the base, on the CPU.
+        state: State of the strategies.
+        optimizer_state: Of the last round, where the plan keeps it.
+        watch: The line to the link.
+        clock: Seconds.
+
+    Raises:
+        TaskFailed: The loss became NaN or infinite, or there is no data.
+        JobCancelled: The link does not want it any more.
+    """
+    batches = work.batches("train", plan.batch_size)
+    if batches is None:
+        raise TaskFailed(f"site {work.site}: the task has no training data")
+    pace = Pace(plan.work, plan.schedule, batches.per_epoch, clock)
+    on_device = {name: value.to(work.device.torch) for name, value in base.items()}
+    own = {t.name: work.state()[t.name].clone() for t in work.own}
+    optimizer = make_optimizer(plan.optimizer, work.model, plan.schedule.lr)
+    if plan.optimizer.keep_state:
+        restore(optimizer, work.model, optimizer_state)
+    owned = bool(work.stack.having("local_step"))
+    losses, scratch = Losses(work.site), dict[str, Any]()
+    started, examples = clock(), 0
+
+    def report() -> None:
+        losses.look()
+        elapsed = clock() - started
+        recent = losses.values[-(batches.per_epoch or 100) :]
+        watch.tell(
+            Progress(
+                job=watch.job,
+                state="TRAINING",
+                done=pace.done,
+                planned=pace.planned,
+                unit=pace.unit,
+                loss=math.fsum(recent) / len(recent) if recent else None,
+                learning_rate=pace.current,
+                examples_per_s=examples / elapsed if elapsed > 0 else 0.0,
+            )
+        )
+
+    work.model.train()
+    report()
+    while not pace.finished():
+        seed_epoch(plan, pace.epoch)
+        steps_before = pace.steps
+        for batch in batches.epoch(plan, pace.epoch):
+            watch.check()
+            rate = pace.rate()
+            set_rate(optimizer, rate)
+            inputs, targets = work.task.unpack(batch)
+            step = Step(
+                plan=plan,
+                task=work.task,
+                model=work.model,
+                base=on_device,
+                optimizer=optimizer,
+                index=pace.steps,
+                total=pace.total,
+                epoch=pace.epoch,
+                learning_rate=rate,
+                generator=step_generator(plan, pace.steps),
+                inputs=inputs,
+                targets=targets,
+                base_model_factory=lambda: work.base_copy(base, own),
+                scratch=scratch,
+            )
+            work.stack.batch(step)
+            if owned:
+                loss, state = work.stack.local_step(step, state)
+            else:
+                loss = _step(work, plan, step, state)
+            state = work.stack.after_step(step, state)
+            losses.add(loss)
+            examples += _count(targets)
+            pace.step(work.task.tokens(targets) if plan.work.tokens else 0)
+            if watch.due:
+                report()
+            if pace.finished():
+                break
+        else:
+            pace.end_epoch(batches.per_epoch)
+            if pace.steps == steps_before:
+                raise TaskFailed(f"site {work.site}: the task's training data gave no batch")
+    work.device.synchronize()
+    losses.look()
+    report()
+    passed = min(batches.per_epoch or pace.steps, pace.steps)
+    return Fitted(
+        state=state,
+        optimizer=optimizer,
+        examples=batches.examples if batches.examples is not None else examples,
+        steps=pace.steps,
+        epochs=pace.epochs,
+        losses=(losses.mean(0, passed), losses.mean(pace.steps - passed, pace.steps)),
+    )
+
+
+def _step(work: Workload, plan: Plan, step: Step, state: State) -> Tensor:
+    """Forward, loss, objective, backward, clip, optimizer."""
+    with work.device.autocast():
+        step.outputs = work.task.forward(work.model, step.inputs)
+    step.outputs = widened(step.outputs)
+    loss = work.task.loss(step.outputs, step.targets)
+    loss = work.stack.objective(loss, step, state)
+    step.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if plan.gradient_clip is not None:
+        torch.nn.utils.clip_grad_norm_(work.model.parameters(), plan.gradient_clip)
+    step.optimizer.step()
+    return loss
+
+
+def _count(targets: Any) -> int:
+    if isinstance(targets, Tensor):
+        return len(targets) if targets.dim() else 1
+    try:
+        return len(targets)
+    except TypeError:
+        return 1

@@ -1,0 +1,177 @@
+"""Writes what a site contributes: the payload's bytes, its index, the header, the next state.
+
+The header is a draft: the link applies the site's policy to its metrics and signs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from protos.chunks import IndexWriter, write_durably
+from protos.contribution import Header, PayloadSpec
+from protos.digest import Bytes
+from protos.errors import ManifestInvalid
+from protos.manifest import Index, Manifest
+from protos.plan import Plan
+from protos.tensors import dtype_name, view_bytes
+from site_agent.trainer.site_state import SiteState
+from strategies.context import SidePayload, Update
+
+PAYLOAD, INDEX, HEADER, STATE = "payload", "index.json", "header.json", "state"
+
+
+@dataclass
+class Blocks:
+    """The encoded part of a payload: its bytes, and the header's block table.
+
+    Attributes:
+        parts: Bytes in order.
+        codec: Name of the wire codec; empty for raw.
+        sizes: Bytes of each tile; empty for raw, where they follow from the manifest.
+    """
+
+    parts: Iterable[Bytes] = ()
+    codec: str = ""
+    sizes: tuple[int, ...] = ()
+
+
+def blocks_of(site: str, covered: Manifest, update: Update, codec: str) -> Blocks:
+    """The tiles of an update in the manifest's order, without padding.
+
+    Raises:
+        ManifestInvalid: A strategy gave a tensor back in another shape or dtype, dropped one, or
+            encoded another number of tiles; names site and tensor.
+    """
+    extra = sorted(set(update.tensors) - set(covered.positions))
+    if extra:
+        raise _wrong(site, extra[0], "is not among the tensors that the plan covers")
+    sizes: list[int] = []
+    parts: list[Bytes] = []
+    tiles: dict[str, list[int]] = {}
+    for tile in covered.tiles:
+        tiles.setdefault(tile.spec.name, []).append(tile.wire_nbytes)
+    encoded = update.blocks if update.blocks is not None else {}
+    for spec in covered:
+        raw = tiles.get(spec.name, [])
+        if codec and spec.kind == "parameter":
+            blocks = encoded.get(spec.name, [])
+            if len(blocks) != len(raw):
+                raise _wrong(site, spec.name, f"has {len(raw)} tiles, but {len(blocks)} blocks")
+            sizes += [len(b) for b in blocks]
+            parts += blocks
+            continue
+        tensor = update.tensors.get(spec.name)
+        if tensor is None:
+            raise _wrong(site, spec.name, "is missing in the update")
+        if tuple(tensor.shape) != spec.shape or dtype_name(tensor) != spec.wire_dtype:
+            raise _wrong(
+                site,
+                spec.name,
+                f"is {dtype_name(tensor)} {list(tensor.shape)} in the update where "
+                f"{spec.wire_dtype} {list(spec.shape)} belongs",
+            )
+        sizes += raw
+        parts.append(view_bytes(tensor))
+    return Blocks(parts, codec, tuple(sizes) if codec else ())
+
+
+def _wrong(site: str, tensor: str, what: str) -> ManifestInvalid:
+    return ManifestInvalid(f"site {site}: tensor {tensor} {what}", site=site, tensor=tensor)
+
+
+@dataclass
+class Contribution:
+    """All that a contribution consists of, before it is written.
+
+    Attributes:
+        plan: What it answers.
+        manifest: Digest of the manifest of the blocks.
+        blocks: Encoded tensors.
+        payloads: Side payloads by "strategy/name".
+        examples: See `Header`.
+        steps: See `Header`.
+        epochs: See `Header`.
+        metrics: See `Header`.
+        seconds: See `Header`.
+        task_digest: See `Header`.
+        packages: See `Header`.
+        state: The site's next state; None where the plan changes none.
+    """
+
+    plan: Plan
+    manifest: str
+    blocks: Blocks = field(default_factory=Blocks)
+    payloads: Mapping[str, SidePayload] = field(default_factory=dict)
+    examples: int = 0
+    steps: int = 0
+    epochs: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    task_digest: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+    state: SiteState | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write everything into a new folder and sync it."""
+        folder.mkdir(mode=0o700)
+        specs, tensors = self._side_payloads()
+        index = self._write_payload(folder / PAYLOAD, tensors)
+        if self.state is not None:
+            about: dict[str, str | int] = {
+                "run": self.plan.run,
+                "round": self.plan.round,
+                "site": self.plan.site,
+            }
+            self.state.write(folder / STATE, about)
+        header = Header(
+            plan_id=self.plan.id,
+            work_digest=self.plan.work_digest,
+            site=self.plan.site,
+            kind=self.plan.kind,
+            base=self.plan.base,
+            manifest=self.manifest,
+            index=index.digest,
+            codec=self.blocks.codec,
+            blocks=self.blocks.sizes,
+            payloads=specs,
+            examples=self.examples,
+            steps=self.steps,
+            epochs=self.epochs,
+            metrics=self.metrics,
+            seconds=self.seconds,
+            task_digest=self.task_digest,
+            packages=self.packages,
+        )
+        write_durably(folder / INDEX, index.encoded, 0o600)
+        write_durably(folder / HEADER, header.encode(), 0o600)
+
+    def _side_payloads(self) -> tuple[tuple[PayloadSpec, ...], list[Tensor]]:
+        specs, tensors = [], []
+        for name, side in self.payloads.items():
+            tensor = side.tensor.detach().cpu()
+            specs.append(
+                PayloadSpec(
+                    name=name,
+                    shape=tuple(tensor.shape),
+                    dtype=dtype_name(tensor),
+                    merge=side.merge,
+                )
+            )
+            tensors.append(tensor)
+        return tuple(specs), tensors
+
+    def _write_payload(self, path: Path, tensors: list[Tensor]) -> Index:
+        writer = IndexWriter(path)
+        try:
+            for part in self.blocks.parts:
+                writer.write(part)
+            for tensor in tensors:
+                writer.write(view_bytes(tensor))
+            return writer.finish(self.manifest)
+        except BaseException:
+            writer.abort()
+            raise

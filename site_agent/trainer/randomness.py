@@ -1,0 +1,47 @@
+"""All randomness at a site: functions of (run seed, site, round, epoch, step)."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Generator
+
+from protos.plan import Plan
+from strategies.context import seeded
+from strategies.task import seed_everything
+
+
+def seed_model(seed: int) -> None:
+    """Before a model is built: a function of the run's seed alone, so that all sites agree."""
+    _seed_libraries(seed_everything(seed, "model"))
+
+
+def seed_epoch(plan: Plan, epoch: int) -> None:
+    """Before an epoch: dropout, and whatever a task draws from torch, numpy or random.
+
+    The attempt is not among the parts: the same work gives the same bits in the next attempt.
+    """
+    _seed_libraries(seed_everything(plan.seed, plan.site, plan.round, "epoch", epoch))
+
+
+def _seed_libraries(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
+def shuffled(plan: Plan, epoch: int, length: int) -> torch.Tensor:
+    """The order of the samples in an epoch, (length,) int64."""
+    generator = seeded(plan.seed, plan.site, plan.round, "shuffle", epoch)
+    return torch.randperm(length, generator=generator)
+
+
+def step_generator(plan: Plan, step: int) -> Generator:
+    """The generator that strategies see in a step."""
+    return seeded(plan.seed, plan.site, plan.round, "step", step)
+
+
+def round_generator(plan: Plan) -> Generator:
+    """The generator that strategies see when a round's update is encoded."""
+    return seeded(plan.seed, plan.site, plan.round, "round")

@@ -1,0 +1,74 @@
+"""What a site remembers between rounds: tensors placed here, states of strategies, the optimizer.
+
+One folder of safetensors files beside the contribution that made it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from protos.chunks import sync_folder, write_durably
+from protos.digest import canonical
+from strategies.stack import State
+
+
+@dataclass
+class SiteState:
+    """A site's memory.
+
+    Attributes:
+        own: Tensors placed at the site, by name.
+        strategies: State of each strategy.
+        optimizer: State of the inner optimizer, where the plan keeps it.
+    """
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    strategies: State = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> SiteState:
+        """The state of a folder."""
+        state = cls()
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors = load_file(file)
+            if file.stem == "own":
+                state.own = tensors
+            elif file.stem == "optimizer":
+                state.optimizer = tensors
+            elif file.stem.startswith("strategy-"):
+                state.strategies[file.stem.removeprefix("strategy-")] = tensors
+        return state
+
+    def write(self, folder: Path, about: Mapping[str, str | int]) -> None:
+        """Write it into a new folder, durably.
+
+        Args:
+            folder: Must not exist.
+            about: What a person who looks into the folder wants to know.
+        """
+        folder.mkdir(mode=0o700)
+        parts = {"own": self.own, "optimizer": self.optimizer}
+        parts |= {f"strategy-{name}": state for name, state in self.strategies.items()}
+        for name, tensors in parts.items():
+            if tensors:
+                _save(folder / f"{name}.safetensors", tensors)
+        write_durably(folder / "state.json", canonical(dict(about)), 0o600)
+        sync_folder(folder)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Clones: safetensors refuses views and tensors that share memory.
+    save_file({k: torch.clone(v.detach().cpu().contiguous()) for k, v in tensors.items()}, path)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

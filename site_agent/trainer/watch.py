@@ -1,0 +1,52 @@
+"""What a job tells the link while it runs, and whether the link still wants it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+from site_agent.pipe import Progress
+
+INTERVAL_S = 0.25
+"""Progress is told at most this often."""
+
+
+class JobCancelled(Exception):
+    """The link does not want this job any more."""
+
+
+class Watch:
+    """One job's line to the link.
+
+    Args:
+        job: Its number.
+        tell: Sends a line.
+        cancelled: Set when the link cancels the job.
+    """
+
+    def __init__(
+        self, job: int, tell: Callable[[Progress], None], cancelled: threading.Event | None = None
+    ) -> None:
+        self.job, self._tell = job, tell
+        self._cancelled = cancelled or threading.Event()
+        self._last = float("-inf")
+
+    def check(self) -> None:
+        """Between two steps.
+
+        Raises:
+            JobCancelled: The job is to stop.
+        """
+        if self._cancelled.is_set():
+            raise JobCancelled
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to tell how far the job is."""
+        return monotonic() - self._last >= INTERVAL_S
+
+    def tell(self, progress: Progress) -> None:
+        """Tell it."""
+        self._last = monotonic()
+        self._tell(progress)

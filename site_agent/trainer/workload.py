@@ -1,0 +1,218 @@
+"""A task with its model and data: what stays loaded between rounds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from protos.digest import canonical, digest
+from protos.errors import DataCorrupt, ManifestInvalid
+from protos.manifest import Index, Manifest
+from protos.plan import Plan
+from protos.tensors import iterate_bytes, map_file
+from site_agent.pipe import Prepare
+from site_agent.task_source import TaskSource
+from site_agent.trainer.artefact import index_of
+from site_agent.trainer.batches import Batches, batches_of
+from site_agent.trainer.device import Device
+from site_agent.trainer.randomness import seed_model
+from strategies.loading import load_task
+from strategies.stack import Stack
+
+
+class LoadedTask:
+    """A task's instance.
+
+    Args:
+        order: Which plan, which source.
+    """
+
+    def __init__(self, order: Prepare) -> None:
+        self.source = TaskSource.parse(order.source, Path())
+        self.digest = self.source.digest
+        self.key = self.key_of(order)
+        choice = order.plan.task
+        self.task = load_task(choice.name, order.source, choice.params, order.settings, Path())
+        self._datasets: dict[str, Dataset[Any] | None] = {}
+
+    def dataset(self, which: str) -> Dataset[Any] | None:
+        """One of the task's data sets (train, val, test), read once; None if the site has none."""
+        if which not in self._datasets:
+            self._datasets[which] = getattr(self.task, f"{which}_data")()
+        return self._datasets[which]
+
+    @staticmethod
+    def key_of(order: Prepare) -> str:
+        """Equal for orders that the same instance serves: code, parameters and settings."""
+        source = TaskSource.parse(order.source, Path())
+        parts = [order.source, source.digest, order.plan.task.model_dump(), order.settings]
+        return digest(canonical(parts))
+
+
+class Workload:
+    """A model built for a plan's stack, and the data of its task.
+
+    Args:
+        site: Name of this site, for errors.
+        loaded: The task.
+        plan: Its stack and seed.
+        device: Where the model lives.
+        loader_workers: See `batches_of`.
+    """
+
+    def __init__(
+        self, site: str, loaded: LoadedTask, plan: Plan, device: Device, loader_workers: int = 0
+    ) -> None:
+        self.site, self.device = site, device
+        self.key = self.key_of(loaded, plan)
+        self.loaded, self.task = loaded, loaded.task
+        self.task_digest = loaded.digest
+        self._workers = loader_workers
+        self.stack = Stack(plan.stack)
+        seed_model(plan.seed)
+        self.model: nn.Module = self.stack.build(self.task).to(device.torch)
+        self.manifest: Manifest = self.stack.manifest(self.model, self.task)
+        self.shared = self.manifest.of("shared")
+        self.own = self.manifest.of("site")
+        self.frozen = self.manifest.of("frozen")
+        self._initial = self._snapshot()
+        self._frozen_digest: str | None = None
+
+    @staticmethod
+    def key_of(loaded: LoadedTask, plan: Plan) -> str:
+        """Equal for plans that the same model serves."""
+        stack = [(c.name, c.params) for c in plan.stack]
+        return digest(canonical([loaded.key, stack, plan.seed]))
+
+    # -- model -----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors by name, not copied."""
+        return {k: v for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+
+    def values(self, manifest: Manifest) -> dict[str, Tensor]:
+        """The tensors of a manifest as they are now, on the CPU; copies."""
+        state = self.state()
+        return {t.name: state[t.name].detach().to("cpu", copy=True) for t in manifest}
+
+    def reset(self) -> None:
+        """Give everything that no base sets the value that it had when the model was built.
+
+        A warm trainer thereby starts each round as a fresh one would.
+        """
+        self.load(self._initial[0])
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, value in self._initial[1].items():
+                buffers[name].copy_(value)
+        self.model.zero_grad(set_to_none=True)
+
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        stored = self.state()
+        kept = {t.name: stored[t.name].clone() for t in self.manifest.of("site", "orchestrator")}
+        volatile = {n: b.clone() for n, b in self.model.named_buffers() if n not in stored}
+        return kept, volatile
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set tensors of the model.
+
+        Raises:
+            ManifestInvalid: One is unknown to the model, or has another shape; names it.
+        """
+        state = self.state()
+        with torch.no_grad():
+            for name, value in tensors.items():
+                target = state.get(name)
+                if target is None or target.shape != value.shape:
+                    have = "does not have it" if target is None else f"has {list(target.shape)}"
+                    raise ManifestInvalid(
+                        f"site {self.site}: tensor {name} is {list(value.shape)}, but the model "
+                        f"{have}",
+                        site=self.site,
+                        tensor=name,
+                    )
+                target.copy_(value)
+
+    def base_copy(self, base: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> nn.Module:
+        """Another model of the same kind that holds a base and this site's own tensors."""
+        model = copy.deepcopy(self.model)
+        model.zero_grad(set_to_none=True)
+        state = model.state_dict()
+        with torch.no_grad():
+            for source in (base, own):
+                for name, value in source.items():
+                    state[name].copy_(value)
+        return model
+
+    # -- what comes from elsewhere --------------------------------------------------------------
+
+    def read_base(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a fetched base, mapped.
+
+        Raises:
+            ManifestInvalid: It is not a base of this model; names the first tensor that differs.
+        """
+        manifest = Manifest.decode(path.with_suffix(".manifest").read_bytes())
+        if manifest.digest != self.shared.digest:
+            raise ManifestInvalid(self._difference(manifest), site=self.site)
+        return map_file(path, manifest)
+
+    def _difference(self, theirs: Manifest) -> str:
+        start = f"site {self.site}: the model of this site's task is not the one of the base: "
+        for spec in theirs:
+            if spec.name not in self.shared:
+                return start + f"tensor {spec.name} of the base is not shared here"
+            if (mine := self.shared[spec.name]) != spec:
+                return start + (
+                    f"tensor {spec.name} is {mine.dtype} {list(mine.shape)} ({mine.kind}, group "
+                    f"{mine.group}) here and {spec.dtype} {list(spec.shape)} ({spec.kind}, group "
+                    f"{spec.group}) there"
+                )
+        for spec in self.shared:
+            if spec.name not in theirs:
+                return start + f"the base has no tensor {spec.name}"
+        return start + "the order of its tensors differs"
+
+    def frozen_index(self) -> Index:
+        """The index of this site's own frozen part."""
+        return index_of(iterate_bytes(self.frozen, self.state()), self.frozen.digest)
+
+    def has_frozen(self, wanted: str) -> bool:
+        """Whether the frozen part is the one of that digest (always, if none is wanted)."""
+        if not wanted:
+            return True
+        if self._frozen_digest is None:
+            self._frozen_digest = self.frozen_index().digest
+        return self._frozen_digest == wanted
+
+    def read_frozen(self, path: Path, wanted: str) -> None:
+        """Load a fetched frozen part.
+
+        Raises:
+            ManifestInvalid: It is not of this model.
+            DataCorrupt: After loading it, the model's bits are not the wanted ones.
+        """
+        manifest = Manifest.decode(path.with_suffix(".manifest").read_bytes())
+        if manifest.digest != self.frozen.digest:
+            raise ManifestInvalid(
+                f"site {self.site}: the fetched frozen part is not of this model", site=self.site
+            )
+        self.load(map_file(path, manifest))
+        self._frozen_digest = None
+        if not self.has_frozen(wanted):
+            raise DataCorrupt(f"site {self.site}: the frozen part differs after it was loaded")
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def batches(self, which: str, batch_size: int) -> Batches | None:
+        """One of the task's data sets (train, val, test); None if the site has none."""
+        dataset = self.loaded.dataset(which)
+        if dataset is None:
+            return None
+        return batches_of(dataset, self.task, batch_size, self.device, self._workers)

@@ -101,9 +101,19 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
     return {
         "scores": _flat(pooled),
         "sites": per_site,
-        "reliability": {s: reliability(sums) for s, sums in _by_split(pooled).items()},
+        "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
         "calibration": {name: m.parameters for name, m in maps.items()},
         "reports": {name: dict(m.report) for name, m in maps.items()},
+    }
+
+
+def _curve(sums: dict[str, Tensor]) -> dict[str, list[float | None]]:
+    """A reliability curve as `views.Reliability` wants it: None where a bin is empty."""
+    bins = reliability(sums)
+    return {
+        "count": [b.count for b in bins],
+        "confidence": [b.confidence if b.count else None for b in bins],
+        "accuracy": [b.accuracy if b.count else None for b in bins],
     }
 
 

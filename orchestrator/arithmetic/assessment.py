@@ -111,9 +111,9 @@ def _curve(sums: dict[str, Tensor]) -> dict[str, list[float | None]]:
     """A reliability curve as `views.Reliability` wants it: None where a bin is empty."""
     bins = reliability(sums)
     return {
-        "count": [b.count for b in bins],
-        "confidence": [b.confidence if b.count else None for b in bins],
-        "accuracy": [b.accuracy if b.count else None for b in bins],
+        "count": [b.samples for b in bins],
+        "confidence": [b.confidence if b.samples else None for b in bins],
+        "accuracy": [b.accuracy if b.samples else None for b in bins],
     }
 
 

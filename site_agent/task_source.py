@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from protos.digest import digest
@@ -56,7 +55,7 @@ class TaskSource:
         """Whether it is named by its path."""
         return self.place.endswith(".py")
 
-    @cached_property
+    @property
     def file(self) -> Path | None:
         """The source file; None if it isn't there."""
         if self.is_file:

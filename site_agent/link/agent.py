@@ -23,7 +23,7 @@ from site_agent.link.fetcher import Fetcher
 from site_agent.link.journal import Journal
 from site_agent.link.keys import Keys
 from site_agent.link.outbox import Entry, Outbox, Verdict
-from site_agent.link.plans import Assignment, OpenPlans
+from site_agent.link.plans import Assignment, OpenPlans, told
 from site_agent.link.policy import Policy
 from site_agent.link.sender import Sender
 from site_agent.link.stream import PROTOCOL, Stream
@@ -225,8 +225,10 @@ class Agent:
             self.failed(assignment, "PolicyRefused", self._disclosure.own(error))
             return
         self._plans.add(assignment)
-        self._journal.info("plan accepted", plan=plan.id, work=plan.work.model_dump())
-        self.moved(assignment, site_pb2.Progress(plan_id=plan.id, state=site_pb2.Progress.WAITING))
+        self._journal.info(
+            "plan accepted", plan=plan.id, work=plan.work.model_dump(exclude_none=True)
+        )
+        self.moved(assignment, told(plan.id, site_pb2.Progress.WAITING))
         self._worker.submit(assignment)
 
     def _cancelled(self, plan_id: str, reason: str) -> None:
@@ -258,9 +260,7 @@ class Agent:
     def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
         """A plan is in another state, or further."""
         if progress.state != assignment.state:
-            self._disclosure.sent(
-                "progress", plan=progress.plan_id, state=progress.state, loss=progress.loss
-            )
+            self._disclosure.progress(progress)
         assignment.state = progress.state
         assignment.done, assignment.planned = progress.done, progress.planned
         assignment.unit = progress.unit
@@ -284,15 +284,8 @@ class Agent:
         for plan_id in entry.plans:
             assignment = self._plans.get(plan_id)
             if assignment is not None:
-                progress = site_pb2.Progress(
-                    plan_id=plan_id,
-                    state=site_pb2.Progress.SENDING,
-                    done=done,
-                    planned=planned,
-                    unit="bytes",
-                    loss=float("nan"),
-                )
-                self.moved(assignment, progress)
+                state = site_pb2.Progress.SENDING
+                self.moved(assignment, told(plan_id, state, done, planned, "bytes"))
 
     def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
         """A contribution has its final answer."""

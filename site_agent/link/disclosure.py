@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import FarflungError
+from protos.v1 import site_pb2
 from site_agent.config import PolicySection
 from site_agent.link.journal import LineFile
 from site_agent.pipe import Failed
@@ -64,6 +65,12 @@ class Disclosure:
         if loss is None or not math.isfinite(loss) or not self._allowed("train_loss"):
             return math.nan
         return loss
+
+    def progress(self, progress: site_pb2.Progress) -> None:
+        """Note that a plan was told to be in another state."""
+        loss = progress.loss if math.isfinite(progress.loss) else None
+        state = site_pb2.Progress.State.Name(progress.state).lower()
+        self.sent("progress", plan=progress.plan_id, state=state, train_loss=loss)
 
     def sent(self, kind: str, **content: Any) -> None:
         """Note what left."""

@@ -14,6 +14,19 @@ REMEMBERED = 256
 """How many plans that ended are remembered, so that one that comes again is answered, not done."""
 
 
+def told(
+    plan_id: str,
+    state: site_pb2.Progress.State.ValueType,
+    done: float = 0.0,
+    planned: float = 0.0,
+    unit: str = "",
+) -> site_pb2.Progress:
+    """Where a plan is, outside of training: there is no loss then."""
+    return site_pb2.Progress(
+        plan_id=plan_id, state=state, done=done, planned=planned, unit=unit, loss=float("nan")
+    )
+
+
 @dataclass
 class Assignment:
     """One open plan.

@@ -26,7 +26,7 @@ from site_agent.link.fetcher import Fetcher, Want
 from site_agent.link.job import Job, reserve
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox
-from site_agent.link.plans import Assignment
+from site_agent.link.plans import Assignment, told
 from site_agent.link.policy import Policy
 from site_agent.link.trainer_process import Died, Heard, TrainerProcess
 from site_agent.task_source import TaskSource
@@ -179,9 +179,7 @@ class Worker:
     def _trainer_for(self, plan: Plan) -> TrainerProcess:
         """The warm trainer, or a new one if there is none or the task's code has changed since."""
         name = plan.task.name
-        digest = (
-            self._sources[name].__class__(self._sources[name].place, self._sources[name].cls).digest
-        )
+        digest = self._sources[name].digest
         if self._trainer is not None:
             known = self._trainer.digests.setdefault(name, digest)
             if known == digest:
@@ -199,15 +197,8 @@ class Worker:
         job.missing.add(digest)
 
         def progress(here: int, total: int) -> None:
-            message = site_pb2.Progress(
-                plan_id=job.plan.id,
-                state=site_pb2.Progress.FETCHING,
-                done=here,
-                planned=total,
-                unit="bytes",
-                loss=float("nan"),
-            )
             if not job.assignment.cancelled:
+                message = told(job.plan.id, site_pb2.Progress.FETCHING, here, total, "bytes")
                 self._ears.moved(job.assignment, message)
 
         self._fetcher.want(
@@ -398,5 +389,4 @@ class Worker:
             self._trainer = None
 
     def _move(self, job: Job, state: site_pb2.Progress.State.ValueType) -> None:
-        message = site_pb2.Progress(plan_id=job.plan.id, state=state, loss=float("nan"))
-        self._ears.moved(job.assignment, message)
+        self._ears.moved(job.assignment, told(job.plan.id, state))

@@ -105,7 +105,7 @@ class Exchange:
         covered = work.shared.covering(plan.groups)
         work.model.eval()
         update = Update(
-            tensors=_differences(covered, base, work.values(covered)),
+            tensors=_differences(covered, base, work.state()),
             examples=fitted.examples,
             steps=fitted.steps,
             epochs=fitted.epochs,
@@ -190,13 +190,14 @@ def _differences(
 ) -> dict[str, Tensor]:
     """What is sent: base - local for parameters, the local value for statistics and counters."""
 
-    def wire(spec: TensorSpec, tensor: Tensor) -> Tensor:
-        return tensor.to(DTYPES[spec.wire_dtype])
+    def wire(spec: TensorSpec, tensor: Tensor, copy: bool = False) -> Tensor:
+        return tensor.detach().to("cpu", DTYPES[spec.wire_dtype], copy=copy)
 
+    # What is not a difference is copied, so that a strategy can't reach into the model.
     return {
         spec.name: wire(spec, base[spec.name]) - wire(spec, local[spec.name])
         if spec.kind == "parameter"
-        else wire(spec, local[spec.name])
+        else wire(spec, local[spec.name], copy=True)
         for spec in covered
     }
 

@@ -171,6 +171,10 @@ class Federation:
         """The daemon's process."""
         return self._children[DAEMON]
 
+    def agents(self) -> dict[str, Child]:
+        """The process of each site's agent."""
+        return {name: self._children[name] for name in self.sites if name in self._children}
+
     def start_daemon(self) -> dict[str, Any]:
         """Start the daemon and wait until it is ready.
 

@@ -335,7 +335,7 @@ def _tensor(position: int, row: object) -> TensorSpec:
         raise ManifestInvalid(f"{where}: at most {MAX_DIMENSIONS} dimensions")
     if not all(_count(s, MAX_BYTES) for s in shape):
         raise ManifestInvalid(f"{where}: a dimension is out of range")
-    if row["dtype"] not in DTYPE_BYTES:
+    if not isinstance(row["dtype"], str) or row["dtype"] not in DTYPE_BYTES:
         raise ManifestInvalid(f"{where}: dtype must be one of {sorted(DTYPE_BYTES)}")
     if math.prod(shape) * DTYPE_BYTES[row["dtype"]] > MAX_BYTES:
         raise ManifestInvalid(f"{where}: larger than {MAX_BYTES} bytes")

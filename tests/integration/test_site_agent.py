@@ -1,0 +1,412 @@
+"""A real agent (link and trainer as processes) against the wire, over mutual TLS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from protos.identity import load_certificate, verify_header
+from protos.manifest import Manifest
+from protos.plan import Plan, Work
+from protos.tensors import map_file
+from protos.v1 import site_pb2
+from tests.support.sites import (
+    RunningAgent,
+    ask,
+    base_of,
+    plan_of,
+    site_command,
+    unpack,
+    workload_of,
+    write_config,
+)
+from tests.support.tiny_orchestrator import TinyOrchestrator
+
+pytestmark = pytest.mark.timeout(180)
+
+TASKS = ("Clouds", "Frozen", "Unlike", "Personal")
+MORE = """
+[policy]
+max_epochs = 50
+strategies = ["co_learning", "fedprox"]
+[trainer]
+threads = 1
+memory_bytes = 4_000_000_000
+"""
+
+
+class Site:
+    """A joined site and the orchestrator that it dials."""
+
+    def __init__(self, folder: Path) -> None:
+        self.orchestrator = TinyOrchestrator(folder / "orchestrator")
+        self.orchestrator.start()
+        self.home = folder / "north"
+        write_config(self.home, TASKS, MORE)
+        self.token = self.orchestrator.invite("north")
+        self.joined = ask(self.home, "join", self.token)
+        self.agent = RunningAgent(self.home)
+        self.orchestrator.attached()
+        self._plans = 0
+
+    def plan(self, **changes: object) -> Plan:
+        """A plan of its own, whose base is there to be fetched."""
+        self._plans += 1
+        plan = plan_of(run=f"r{self._plans}", **changes)
+        if plan.kind == "init":
+            return plan
+        base = base_of(self.orchestrator.folder, plan)
+        update = {"base": self.orchestrator.publish(*base), "manifest": base[1].digest}
+        return plan.model_copy(update=update)
+
+    def close(self) -> None:
+        self.agent.stop()
+        self.orchestrator.stop()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    yield site
+    site.close()
+
+
+def shared(plan: Plan) -> Manifest:
+    return workload_of(plan).shared
+
+
+# -- a round ---------------------------------------------------------------------------------------
+
+
+def test_a_whole_round(site: Site) -> None:
+    plan = site.plan(work=Work(epochs=2))
+    site.orchestrator.offer(plan)
+    header, signature, _, payload = site.orchestrator.contribution(plan)
+
+    assert (header.plan_id, header.work_digest) == (plan.id, plan.work_digest)
+    assert (header.examples, header.steps, header.epochs) == (40, 10, 2.0)
+    assert header.manifest == plan.manifest
+    assert {"torch", "cpu", "farflung"} <= set(header.packages)
+    assert header.metrics["train_loss"] < header.metrics["train_loss_first"]
+    certificate = load_certificate((site.home / "keys/cert.pem").read_bytes())
+    assert verify_header(certificate, signature, header.encode(), plan.id, "north")
+
+    manifest = shared(plan)
+    update = unpack(header, manifest, payload)
+    base = map_file(site.orchestrator.models[plan.base][0], manifest)
+    assert set(update) == {t.name for t in manifest}
+    assert float(update["0.weight"].norm()) > 0
+    assert update["1.num_batches_tracked"] == base["1.num_batches_tracked"] + 10
+    states = {m.progress.state for m in site.orchestrator.said if m.progress.plan_id == plan.id}
+    assert {site_pb2.Progress.PREPARING, site_pb2.Progress.SENDING} <= states
+
+
+def test_the_same_work_again_gives_the_same_bits(site: Site) -> None:
+    plan = site.plan(params={"dropout": 0.3})
+    again = plan.model_copy(update={"attempt": 2})
+    assert again.work_digest == plan.work_digest
+    site.orchestrator.offer(plan)
+    first = site.orchestrator.contribution(plan)
+    site.orchestrator.offer(again)
+    second = site.orchestrator.contribution(again)
+    assert first[2].digest == second[2].digest
+
+
+def test_state_is_found_again_and_what_stays_here_is_not_sent(site: Site) -> None:
+    plan = site.plan(task="Personal")
+    site.orchestrator.offer(plan)
+    header = site.orchestrator.contribution(plan)[0]
+    manifest = shared(plan)
+    assert all(not t.name.startswith("1.") for t in manifest)
+    assert header.manifest == manifest.digest
+
+    follow = plan.model_copy(update={"round": 2, "last_counted": header.digest})
+    fresh = plan.model_copy(update={"round": 2, "run": "other"})
+    lost = plan.model_copy(update={"round": 2, "run": "lost", "last_counted": "0" * 64})
+    found = []
+    for later in (follow, fresh, lost):
+        site.orchestrator.offer(later)
+        found.append(site.orchestrator.contribution(later))
+    assert found[0][2].digest != found[1][2].digest
+    assert found[2][2].digest == found[1][2].digest
+    assert found[2][0].metrics["train_state_missing"] == 1.0
+
+
+def test_assess_sends_sums_and_reassess_calibrated_ones(site: Site) -> None:
+    plan = site.plan(kind="assess")
+    site.orchestrator.offer(plan)
+    header, _, _, payload = site.orchestrator.contribution(plan)
+    sums = unpack(header, Manifest(()), payload)
+    assert header.examples == 30
+    assert (float(sums["val/n"]), float(sums["test/n"])) == (30, 25)
+    assert 0 <= float(sums["val/correct"]) <= 30
+
+    again = plan.model_copy(update={"kind": "reassess"})
+    site.orchestrator.offer(again)
+    header = site.orchestrator.contribution(again)[0]
+    assert "val_calibrated/nll" in header.payload_names
+    assert "val/nll" not in header.payload_names
+
+
+def test_a_first_base(site: Site) -> None:
+    plan = site.plan(kind="init", task="Frozen")
+    site.orchestrator.offer(plan)
+    header, _, _, payload = site.orchestrator.contribution(plan)
+    work = workload_of(plan)
+    found = unpack(header, work.shared, payload)
+    assert bytes(found["init/manifest"].tolist()) == work.shared.encoded
+    assert torch.equal(found["4.weight"], work.state()["4.weight"])
+    assert bytes(found["init/frozen_manifest"].tolist()) == work.frozen.encoded
+    assert len(found["init/frozen"]) == work.frozen.nbytes
+
+
+@pytest.mark.parametrize(("task", "fetched"), [("Frozen", False), ("Unlike", True)])
+def test_a_frozen_part_is_fetched_only_where_it_is_not(
+    site: Site, task: str, fetched: bool
+) -> None:
+    # "Unlike" builds another body than the one that the plan names.
+    plan = site.plan(task=task)
+    frozen = base_of(site.orchestrator.folder, plan_of(run="f", task="Frozen"), "frozen")
+    digest = site.orchestrator.publish(*frozen)
+    plan = plan.model_copy(update={"frozen": digest})
+    site.orchestrator.offer(plan)
+    header, *_ = site.orchestrator.contribution(plan)
+    assert (site.home / "cache" / f"{digest}.data").exists() is fetched
+    assert header.manifest == shared(plan).digest
+    assert all(not t.name.startswith("0.") for t in shared(plan))
+
+
+# -- a trainer that fails --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("segfault", ["killed by SIGSEGV at site_tasks.py:", "while training"]),
+        ("kill", ["killed by SIGKILL", "while training"]),
+        ("exit", ["exit code 3"]),
+        ("memory", ["ran out of memory", "RuntimeError at site_tasks.py:"]),
+        ("raise", ["ValueError at site_tasks.py:"]),
+        ("nan", ["the loss became nan at step 2"]),
+    ],
+)
+def test_a_trainer_that_fails_is_named_and_the_site_stays(
+    site: Site, trouble: str, words: list[str]
+) -> None:
+    streams = len(site.orchestrator.streams)
+    plan = site.plan(params={"trouble": trouble})
+    site.orchestrator.offer(plan)
+    outcome = site.orchestrator.outcome(plan)
+    assert outcome.error == "TaskFailed"
+    assert outcome.message.startswith("site north: ")
+    for word in words:
+        assert word in outcome.message
+    assert "patient" not in outcome.message
+    assert len(site.orchestrator.streams) == streams  # the same stream all along
+
+    healthy = site.plan()
+    site.orchestrator.offer(healthy)
+    site.orchestrator.contribution(healthy)
+
+
+def test_what_a_task_prints_is_no_event(site: Site) -> None:
+    plan = site.plan(params={"trouble": "print"})
+    site.orchestrator.offer(plan)
+    assert site.orchestrator.contribution(plan)[0].steps == 4
+    assert "progress!" in (site.home / "log/trainer.log").read_text()
+
+
+def test_a_base_of_another_model_is_refused_by_name(site: Site) -> None:
+    plan, other = site.plan(), site.plan(params={"hidden": 16})
+    plan = plan.model_copy(update={"base": other.base, "manifest": other.manifest})
+    site.orchestrator.offer(plan)
+    outcome = site.orchestrator.outcome(plan)
+    assert outcome.error == "ManifestInvalid"
+    assert "tensor 0.weight is float32 [8, 4]" in outcome.message
+
+
+# -- policy ----------------------------------------------------------------------------------------
+
+
+def test_policy_refuses_and_says_which_key(site: Site) -> None:
+    for changes, words in (
+        ({"work": Work(epochs=51)}, "policy.max_epochs"),
+        ({"stack": ("temperature",)}, "strategy temperature"),
+        ({"task": "Streamed"}, "no task Streamed"),
+    ):
+        plan = plan_of(run=f"p{len(words)}", base="0" * 64, **changes)
+        site.orchestrator.offer(plan)
+        outcome = site.orchestrator.outcome(plan)
+        assert outcome.error == "PolicyRefused"
+        assert words in outcome.message
+
+
+def test_a_cancelled_plan_stops_and_the_next_one_runs(site: Site) -> None:
+    plan = site.plan(params={"trouble": "slow", "at_step": 1}, work=Work(steps=100_000))
+    site.orchestrator.offer(plan)
+
+    def trains() -> bool:
+        return any(
+            m.progress.plan_id == plan.id and m.progress.state == site_pb2.Progress.TRAINING
+            for m in site.orchestrator.said
+        )
+
+    site.orchestrator.until(trains, "training")
+    site.orchestrator.offer(plan)  # twice is once
+    site.orchestrator.push(cancel=site_pb2.Cancel(plan_id=plan.id, reason="test"))
+    healthy = site.plan()
+    site.orchestrator.offer(healthy)
+    site.orchestrator.contribution(healthy)
+    assert not any(c[0].plan_id == plan.id for c in site.orchestrator.contributions.values())
+
+
+# -- transfers -------------------------------------------------------------------------------------
+
+
+def test_interrupted_transfers_send_only_what_is_missing(site: Site) -> None:
+    plan = site.plan(params={"hidden": 150_000}, work=Work(steps=1))
+    site.orchestrator.break_fetch_after = 2
+    site.orchestrator.break_upload_after = 2
+    fetches, uploads = len(site.orchestrator.fetches), len(site.orchestrator.uploads)
+    site.orchestrator.offer(plan)
+    _, _, index, _ = site.orchestrator.contribution(plan)
+    chunks = list(range(len(index.chunks)))
+    assert len(chunks) > 4
+    first, second = site.orchestrator.uploads[uploads:]
+    assert first == [0, 1]
+    assert second == chunks[2:]
+    down = site.orchestrator.fetches[fetches:]
+    assert len(down) == 2
+    assert sorted(down[0] + down[1]) == list(
+        range(len(site.orchestrator.models[plan.base][2].chunks))
+    )
+
+
+def test_the_orchestrator_restarts_and_what_is_finished_is_not_trained_again(site: Site) -> None:
+    plan = site.plan(params={"hidden": 150_000}, work=Work(steps=1), round=2)
+    site.orchestrator.break_upload_after = 2
+    site.orchestrator.offer(plan)
+    site.orchestrator.until(lambda: site.orchestrator.break_upload_after is None, "the break")
+    site.orchestrator.stop()
+    site.orchestrator.start()
+    site.orchestrator.attached()
+    hellos = [m.hello for m in site.orchestrator.said if m.WhichOneof("kind") == "hello"]
+    site.orchestrator.offer(plan)
+    header = site.orchestrator.contribution(plan)[0]
+    assert plan.id in hellos[-1].plans or header.plan_id == plan.id
+    begun = [e for e in site.agent.events() if e["event"] == "plan begins" and e["plan"] == plan.id]
+    assert len(begun) == 1
+
+
+# -- life ------------------------------------------------------------------------------------------
+
+
+def test_status_pause_and_resume(site: Site) -> None:
+    assert ask(site.home, "status")["attached"]
+    ask(site.home, "pause")
+    site.orchestrator.until(
+        lambda: site.orchestrator.said[-1].heartbeat.paused, "a heartbeat that says so"
+    )
+    assert ask(site.home, "status")["paused"]
+    plan = site.plan()
+    site.orchestrator.offer(plan)
+    ask(site.home, "resume")
+    site.orchestrator.contribution(plan)
+
+
+def test_a_second_agent_on_the_same_home_is_refused(site: Site) -> None:
+    done = subprocess.run(
+        site_command("run", "--home", str(site.home)), capture_output=True, text=True
+    )
+    assert done.returncode == 75
+    assert "another agent" in done.stderr
+
+
+def test_the_trainer_has_no_key(site: Site) -> None:
+    trainer = psutil.Process(ask(site.home, "status")["trainer_pid"])
+    told = " ".join([*trainer.cmdline(), *trainer.environ().values()])
+    assert "keys" not in told
+    assert all("keys" not in f.path for f in trainer.open_files())
+    assert not trainer.net_connections()
+
+
+def test_a_join_token_works_once(site: Site, tmp_path: Path) -> None:
+    done = subprocess.run(
+        site_command("join", site.token, "--home", str(tmp_path / "thief")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 77
+    assert "used before" in done.stderr
+    assert (site.home / "keys").stat().st_mode & 0o777 == 0o700
+    assert (site.home / "keys/key.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_renewal_keeps_the_key(site: Site) -> None:
+    before = (site.home / "keys/cert.pem").read_bytes()
+    key = (site.home / "keys/key.pem").read_bytes()
+    streams = len(site.orchestrator.streams)
+    site.orchestrator.push(renew=site_pb2.Renew())
+    site.orchestrator.until(lambda: len(site.orchestrator.streams) > streams, "a new stream")
+    assert (site.home / "keys/cert.pem").read_bytes() != before
+    assert (site.home / "keys/key.pem").read_bytes() == key
+
+
+def test_doctor_finds_nothing(site: Site) -> None:
+    assert ask(site.home, "doctor")["ok"]
+
+
+def test_a_foreign_or_missing_orchestrator_is_diagnosed(site: Site, tmp_path: Path) -> None:
+    home = tmp_path / "copy"
+    shutil.copytree(site.home / "keys", home / "keys")
+    foreign = TinyOrchestrator(tmp_path / "foreign", "other")
+    foreign.start()
+    try:
+        for address, words in (
+            (foreign.address, "from another authority"),
+            ("127.0.0.1:9", "not reachable"),
+        ):
+            (home / "site.toml").write_text(f'[network]\naddress = "{address}"\n')
+            done = subprocess.run(
+                site_command("doctor", "--home", str(home), "--json"),
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 1
+            assert words in done.stdout
+    finally:
+        foreign.stop()
+
+
+def test_kill_9_of_the_link_ends_the_trainer(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    try:
+        plan = site.plan(params={"trouble": "slow", "at_step": 1}, work=Work(steps=100_000))
+        site.orchestrator.offer(plan)
+        site.orchestrator.until(
+            lambda: any(m.progress.state == 3 or m.progress.done for m in site.orchestrator.said),
+            "work",
+        )
+        trainer = psutil.Process(ask(site.home, "status")["trainer_pid"])
+        os.kill(site.agent.process.pid, signal.SIGKILL)
+        site.agent.wait()
+        trainer.wait(10)
+        # The next agent takes the same folder up, and does the plan when it is offered again.
+        site.agent = RunningAgent(site.home)
+        site.orchestrator.until(lambda: len(site.orchestrator.streams) == 2, "a new stream")
+        healthy = site.plan()
+        site.orchestrator.offer(healthy)
+        site.orchestrator.contribution(healthy)
+        trainer = psutil.Process(ask(site.home, "status")["trainer_pid"])
+        assert site.agent.stop() == 0
+        trainer.wait(10)
+    finally:
+        site.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 
 from orchestrator.views import (
     Daemon,
@@ -113,7 +114,7 @@ class Recording:
         """A committed round."""
         start = self.started + ROUND_S * (n - 1)
         names = self.names
-        refused = "east" if self.accidents and n == 4 and "east" in names else ""
+        refused = self.refused(n)
         work = tuple(self.work(n, name, start, refused=name == refused) for name in names)
         closed = max(p.end or 0.0 for w in work for p in w.phases)
         seconds: dict[str, float] = {}
@@ -186,7 +187,7 @@ class Recording:
             for key, value in self.scores(n).items()
             if not key.startswith("test_calibrated")
         }
-        examples = int(4000 * (1 + 0.4 * self.noise("examples", site)))
+        examples = self.examples(site)
         loss = 0.22 + 0.9 * math.exp(-n / 3) + 0.05 * self.noise("loss", site)
         return SiteWork(
             site=site,
@@ -204,9 +205,22 @@ class Recording:
             received_bytes=848_000,
             sent_bytes=851_000,
             norm=None if refused else round(9.4 * self.change(n) * pace, 4),
-            weight=None if refused else round(1 / len(self.names), 4),
+            weight=None if refused else round(examples / self.examples_counted(n), 4),
             scores={} if refused else scores,
         )
+
+    def examples(self, site: str) -> int:
+        """Examples that a site trains on."""
+        return int(4000 * (1 + 0.4 * self.noise("examples", site)))
+
+    def refused(self, n: int) -> str:
+        """The site that was refused in a round, or nothing."""
+        return "east" if self.accidents and n == 4 and "east" in self.names else ""
+
+    @cache  # noqa: B019 - a recording lives as long as its test
+    def examples_counted(self, n: int) -> int:
+        """Examples of the sites that count in a round."""
+        return sum(self.examples(name) for name in self.names if name != self.refused(n))
 
     def current(self) -> Round:
         """The round under way: every site in another phase."""
@@ -339,7 +353,7 @@ class Recording:
         words.append(f"{n} of {n} sites")
         if left is not None:
             words.append(f"{max(1, round(left / 60))} min left")
-        words.append(f"{sent / 1e6:.1f} MB sent")
+        words.append(f"{sent / 1e9:.1f} GB sent" if sent > 1e9 else f"{sent / 1e6:.1f} MB sent")
         return " · ".join(words)
 
     def diagnosis(self) -> str:

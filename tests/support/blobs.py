@@ -1,0 +1,105 @@
+"""A task for tests: three Gaussian blobs, a small net, and faults that a test can switch on.
+
+``Settings.switches`` is a folder of the test's. A file ``fault`` in it names what goes wrong in the
+next step of training; a file ``gate`` holds training until it is gone (``reached`` says that it
+waits); every training step adds a line to ``steps``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from farflung import Options, Task
+
+CLASSES, FEATURES = 3, 8
+
+
+class Net(nn.Module):
+    """Two layers over a frozen one, a buffer of each kind, and a tied weight."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(FEATURES, FEATURES)
+        for parameter in self.frozen.parameters():
+            parameter.requires_grad_(False)
+        self.first = nn.Linear(FEATURES, hidden)
+        self.second = nn.Linear(hidden, CLASSES)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.second(torch.relu(self.first(x + self.frozen(x)))) * self.scale
+
+
+class Blobs(Task):
+    """See the module."""
+
+    class Params(Options):
+        hidden: int = 12
+        samples: int = 120
+
+    class Settings(Options):
+        part: int = 0
+        switches: str = ""
+        hidden: int = 0
+
+    def model(self) -> nn.Module:
+        return Net(self.settings.hidden or self.params.hidden)
+
+    def _data(self, seed: int, count: int) -> TensorDataset:
+        draw = torch.Generator().manual_seed(seed)
+        targets = torch.randint(CLASSES, (count,), generator=draw)
+        centres = torch.eye(CLASSES, FEATURES) * 2
+        inputs = centres[targets] + torch.randn(count, FEATURES, generator=draw)
+        return TensorDataset(inputs, targets)
+
+    def train_data(self) -> TensorDataset:
+        return self._data(10 + self.settings.part, self.params.samples)
+
+    def val_data(self) -> TensorDataset:
+        return self._data(100 + self.settings.part, 60)
+
+    def test_data(self) -> TensorDataset:
+        return self._data(1000, 90)
+
+    def proxy_data(self) -> TensorDataset:
+        return TensorDataset(self._data(2000, 80).tensors[0])
+
+    def forward(self, model: nn.Module, inputs: Any) -> Any:
+        if torch.is_grad_enabled() and self.settings.switches:
+            _obey(Path(self.settings.switches), model)
+        return model(inputs)
+
+
+def _obey(switches: Path, model: nn.Module) -> None:
+    with (switches / "steps").open("a") as steps:
+        steps.write(".\n")
+    if (switches / "gate").exists():
+        (switches / "reached").touch()
+        while (switches / "gate").exists():
+            time.sleep(0.02)  # what a slow site does; the test waits for `reached`
+    fault = switches / "fault"
+    what = fault.read_text() if fault.exists() else ""
+    if what == "segfault":
+        ctypes.string_at(0)
+    elif what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "memory":
+        hoard = [bytearray(64 << 20) for _ in range(10_000)]
+        del hoard
+    elif what == "raise":
+        raise ValueError("a sample of patient 4711 is broken")
+    elif what == "nan":
+        with torch.no_grad():
+            model.second.bias[1] = float("nan")  # type: ignore[union-attr,operator]

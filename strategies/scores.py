@@ -169,21 +169,6 @@ def reliability(pooled: Mapping[str, Tensor]) -> list[Bin]:
     return out
 
 
-def payload_name(split: str, key: str) -> str:
-    """How the sum ``key`` of a split ("val", "test") is called among side payloads."""
-    return f"scores/{split}.{key}"
-
-
-def by_split(payloads: Mapping[str, Tensor]) -> dict[str, Sums]:
-    """The sums among side payloads, by split: the inverse of `payload_name`."""
-    out: dict[str, Sums] = {}
-    for name, value in payloads.items():
-        if name.startswith("scores/"):
-            split, _, key = name.removeprefix("scores/").partition(".")
-            out.setdefault(split, {})[key] = value
-    return out
-
-
 def pool(per_site: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """The scores of the union of several sites' data from their sums."""
     return scores(add(*per_site))

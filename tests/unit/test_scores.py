@@ -131,11 +131,3 @@ def test_nothing_has_no_scores() -> None:
     assert scores.pool([]) == {}
     assert scores.scores(scores.sums(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))) == {}
     assert scores.reliability({}) == []
-
-
-def test_names_of_payloads() -> None:
-    total = scores.sums(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))
-    payloads = {scores.payload_name("val", key): value for key, value in total.items()}
-    payloads["temperature/grid"] = torch.zeros(2)
-    assert scores.by_split(payloads)["val"].keys() == total.keys()
-    assert list(scores.by_split(payloads)) == ["val"]

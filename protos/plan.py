@@ -194,14 +194,20 @@ class Plan(Frozen):
         """The plan of some received bytes.
 
         Raises:
-            ManifestInvalid: Too large, or a key is missing, unknown or out of range.
+            ManifestInvalid: Too large, not canonical, or a key is missing, unknown or out of range.
         """
         if len(data) > MAX_PLAN_BYTES:
             raise ManifestInvalid(f"plan of {len(data)} bytes exceeds {MAX_PLAN_BYTES}")
         try:
-            return cls.model_validate_json(data)
+            plan = cls.model_validate_json(data)
+            encoded = plan.encode()
         except ValidationError as error:
             raise ManifestInvalid(f"plan: {first_problem(error)}") from None
+        except ValueError:  # free parameters may hold NaN, which has no canonical form
+            raise ManifestInvalid("plan: a number is NaN or infinite") from None
+        if encoded != data:
+            raise ManifestInvalid("plan: not in canonical form")
+        return plan
 
 
 def first_problem(error: ValidationError) -> str:

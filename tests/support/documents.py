@@ -17,7 +17,7 @@ FLOATING = [d for d in DTYPE_BYTES if d.startswith(("float", "bfloat"))]
 WHOLE = [d for d in DTYPE_BYTES if d not in FLOATING]
 
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 site_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
 json_values = st.recursive(

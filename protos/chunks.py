@@ -110,6 +110,9 @@ class ChunkFile:
         if not fresh:
             known = self._record.read_bytes()
             fresh = known[:64] != index.digest.encode() or len(known) != 64 + len(index.chunks)
+        if fresh and self._record.exists():  # it must never vouch for the file that is made now
+            self._record.unlink()
+            sync_folder(path.parent)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         if fresh:
             os.ftruncate(self._fd, 0)
@@ -192,8 +195,8 @@ class ChunkFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self.path.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> ChunkFile:
         """For ``with``."""

@@ -220,7 +220,9 @@ def test_bounds_of_a_side_payload(changes: dict[str, Any], valid: bool) -> None:
 def test_number_of_side_payloads_is_bounded_and_their_names_differ() -> None:
     spec = {"dtype": "float32", "merge": "sum", "shape": [1]}
     many = [{**spec, "name": f"s/{i}"} for i in range(1025)]
-    assert len(Header.decode(rewritten(HEADER.encode(), lambda d: d.update(payloads=many[1:]))).payloads)
+    assert len(
+        Header.decode(rewritten(HEADER.encode(), lambda d: d.update(payloads=many[1:]))).payloads
+    )
     for wrong in (many, [many[0], many[0]]):
         with pytest.raises(ManifestInvalid):
             Header.decode(rewritten(HEADER.encode(), lambda d, w=wrong: d.update(payloads=w)))

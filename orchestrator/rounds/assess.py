@@ -11,7 +11,6 @@ from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, p
 from orchestrator.rounds.plan import plan_for, plan_row
 from orchestrator.views import Plugin
 from protos.contribution import Header
-from protos.manifest import Manifest
 
 
 def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment:
@@ -81,7 +80,7 @@ def _evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool)
         {
             "site": c.site,
             "examples": Header.decode(c.header).examples,
-            "payloads": payload_specs(engine, c, Manifest(())),
+            "payloads": payload_specs(engine, c),
         }
         for c in sorted(rows, key=lambda c: c.site)
     ]

@@ -232,12 +232,10 @@ class Assessment:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def payload_specs(
-    engine: Engine, row: ContributionRow, covered: Manifest
-) -> dict[str, dict[str, Any]]:
+def payload_specs(engine: Engine, row: ContributionRow) -> dict[str, dict[str, Any]]:
     """Where each side payload of a contribution lies."""
     header = Header.decode(row.header)
-    spans = header.payload_spans(covered)
+    spans = header.tail_spans(row.nbytes)
     path = str(engine.store.path(row.index))
     return {
         p.name: {

@@ -141,7 +141,7 @@ def _from_site(
 def _take_apart(engine: Engine, run: RunRow, row: ContributionRow) -> Model:
     """The parts of a model that a site sent as one contribution."""
     header = Header.decode(row.header)
-    specs = payload_specs(engine, row, Manifest(()))
+    specs = payload_specs(engine, row)
     path = engine.store.path(row.index)
 
     def read(name: str) -> bytes:
@@ -159,13 +159,15 @@ def _take_apart(engine: Engine, run: RunRow, row: ContributionRow) -> Model:
     parts = {}
     with engine.scratch(f"first-{run.id}") as folder:
         parts["shared"] = _part(folder / "shared.data", path, 0, start, manifest)
-        if "init/frozen" in specs:
-            frozen = Manifest.decode(read("init/frozen_manifest"))
-            spec = specs["init/frozen"]
-            if spec["nbytes"] != frozen.nbytes:
-                raise InvalidInput(f"site {row.site}: the frozen part does not fit its manifest")
+        for place in ("frozen", "orchestrator"):
+            spec = specs.get(f"init/{place}")
+            if spec is None:
+                continue
+            part = Manifest.decode(read(f"init/{place}_manifest"))
+            if spec["nbytes"] != part.nbytes:
+                raise InvalidInput(f"site {row.site}: the {place} part does not fit its manifest")
             at = spec["offset"]
-            parts["frozen"] = _part(folder / "frozen.data", path, at, at + frozen.nbytes, frozen)
+            parts[place] = _part(folder / f"{place}.data", path, at, at + part.nbytes, part)
         return engine.adopt_parts(parts)
 
 

@@ -29,10 +29,9 @@ def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
     """Reduce and step all tiles; gives the candidate, in the store."""
     store, draft = engine.store, planned.row.draft
     shared = store.manifest(draft["manifest"])
-    covered = shared.covering(draft["covered"])
     with engine.scratch(f"reduce-{planned.name}") as folder:
         rows = closed.contributions
-        payloads = {c.site: payload_specs(engine, c, covered) for c in rows}
+        payloads = {c.site: payload_specs(engine, c) for c in rows}
         job = _job(engine, planned, rows, folder)
         spans = runs(shared, engine.workers * RUNS_PER_WORKER)
         weights = _weights(engine, planned, rows, job, spans, payloads, folder)

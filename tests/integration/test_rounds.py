@@ -1,0 +1,293 @@
+"""Rounds of a real federation: processes, mutual TLS, Ray, and what goes wrong in the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.federation import Federation
+from orchestrator.views import Event, Round, Run
+from tests.support.files import wait_for
+
+BLOBS = f"{Path(__file__).parents[1] / 'support' / 'blobs.py'}:Blobs"
+SITES = ("north", "south", "east")
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
+
+
+class Field:
+    """A federation whose sites have switches."""
+
+    def __init__(self, root: Path) -> None:
+        self.switches = {site: root / "switches" / site for site in SITES}
+        for folder in self.switches.values():
+            folder.mkdir(parents=True)
+        self.federation = Federation(
+            root,
+            {
+                site: {
+                    "tasks": {
+                        "blobs": {
+                            "source": BLOBS,
+                            "settings": {"part": i, "switches": str(self.switches[site])},
+                        }
+                    },
+                    "trainer": {"memory_bytes": 2 << 30},
+                }
+                for i, site in enumerate(SITES)
+            },
+            orchestrator_tasks={"blobs": {"source": BLOBS}},
+            daemon={"sites": {"heartbeat_s": 0.3}},
+            environment={"OMP_NUM_THREADS": "1"},
+            dashboard=False,
+        )
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A run of two rounds in which two of three sites suffice."""
+        return {
+            "name": name,
+            "rounds": 2,
+            "task": {"name": "blobs"},
+            "cohort": {"quorum": 2, "deadline_s": 120},
+            "local": {"work": {"epochs": 2}, "batch_size": 20, "lr": 0.1},
+            "strategy": [],
+            **changes,
+        }
+
+    def clear(self) -> None:
+        for folder in self.switches.values():
+            for file in folder.iterdir():
+                file.unlink()
+
+    def steps(self, site: str) -> int:
+        file = self.switches[site] / "steps"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    field = Field(tmp_path_factory.mktemp("f"))
+    with field.federation:
+        yield field
+
+
+@pytest.fixture
+def field(started: Field) -> Iterator[Field]:
+    yield started
+    started.clear()
+    started.federation.await_sites(SITES)
+
+
+def site_row(round: Round, site: str) -> Any:
+    return next(row for row in round.sites if row.site == site)
+
+
+def finished(field: Field, run: str) -> tuple[Run, list[Round]]:
+    view = field.federation.wait(run, 180)
+    assert view.state == "finished", view.reason
+    return view, field.federation.rounds(run)
+
+
+def told(field: Field, run: str, words: str) -> Event:
+    return field.federation.until(lambda e: words in e.text, run, timeout_s=60)
+
+
+# -- the main job -----------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
+    field: Field, tmp_path: Path
+) -> None:
+    client = field.federation.client
+    plugins = ["co_learning", "self_distillation", "feddf", "temperature"]
+    strategy = [{"name": n} for n in plugins]
+    strategy[2]["steps"] = 10  # type: ignore[assignment]
+    run = field.federation.launch(field.config("learns", rounds=3, strategy=strategy))
+    view, rounds = finished(field, run)
+
+    assert [r.state for r in rounds] == ["committed"] * 3
+    assert all(r.assessed and not r.missing for r in rounds)
+    assert rounds[-1].scores["test.accuracy"] > 0.7
+    assert rounds[-1].scores["test.nll"] < rounds[0].scores["test.nll"]
+    for round in rounds:
+        assert {p.name: p.state for p in round.plugins} == {
+            "feddf": "done",
+            "temperature": "done",
+        }, [p.reason for p in round.plugins]
+        assert round.scores["test_calibrated.accuracy"] == round.scores["test.accuracy"]
+        assert {row.state for row in round.sites} == {"counted"}
+        assert round.wire_bytes > 0
+
+    client.export(run, "", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    from tests.support.blobs import Blobs
+
+    task = Blobs()
+    model = task.model()
+    model.load_state_dict(tensors)
+    model.eval()
+    inputs, targets = task.test_data().tensors
+    with torch.no_grad():
+        outputs = model(inputs)
+    nll = torch.nn.functional.cross_entropy(outputs.double(), targets).item()
+    assert nll == pytest.approx(rounds[-1].scores["test.nll"], rel=1e-6)
+    assert (outputs.argmax(1) == targets).double().mean().item() == pytest.approx(
+        rounds[-1].scores["test.accuracy"]
+    )
+
+    again = field.federation.launch(
+        field.config("goes-on", rounds=1), start_from=f"{view.name}@best"
+    )
+    _, later = finished(field, again)
+    best = next(r for r in rounds if r.round == client.run(run).best)
+    assert later[0].base == best.model
+
+
+def test_the_same_run_twice_gives_the_same_bits(field: Field) -> None:
+    first = field.federation.launch(field.config("bits", seed=7))
+    second = field.federation.launch(field.config("bits", seed=7))
+    other = field.federation.launch(field.config("bits", seed=8))
+    models = [finished(field, run)[1][-1].model for run in (first, second, other)]
+    assert models[0] == models[1] != models[2]
+
+
+def test_frozen_tensors_stay_and_one_site_may_give_the_first_base(field: Field) -> None:
+    config = field.config("frozen", rounds=1, init={"from": "site:north"}, assess={"every": 0})
+    run = field.federation.launch(config)
+    _, rounds = finished(field, run)
+    shared = 8 * 12 + 12 + 12 * 3 + 3  # parameters of the two trained layers
+    for row in rounds[0].sites:
+        assert 0 < row.sent_bytes < 4 * shared + 64
+        assert row.received_bytes < 4 * shared + 64 * 6
+
+
+# -- what goes wrong at a site ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("segfault", "SIGSEGV"), ("kill", "SIGKILL"), ("memory", "memory"), ("raise", "ValueError")],
+)
+def test_a_trainer_that_dies_is_named_and_its_site_stays(
+    field: Field, fault: str, words: str
+) -> None:
+    (field.switches["north"] / "fault").write_text(fault)
+    run = field.federation.launch(field.config(f"dies-{fault}", rounds=1))
+    _, rounds = finished(field, run)
+    row = site_row(rounds[0], "north")
+    assert row.state == "failed"
+    assert words in row.reason, row.reason
+    assert "4711" not in row.reason  # a message of the task may hold data
+    assert words in rounds[0].missing["north"]
+    told(field, run, words)
+    states = {s.name: s.state for s in field.federation.client.sites()}
+    assert states["north"] == "attached"
+
+
+def test_nan_is_refused_with_site_and_tensor_and_the_model_is_unharmed(field: Field) -> None:
+    (field.switches["south"] / "fault").write_text("nan")
+    run = field.federation.launch(field.config("nan", rounds=1))
+    _, rounds = finished(field, run)
+    row = site_row(rounds[0], "south")
+    assert row.state in ("refused", "failed")
+    assert "south" in rounds[0].missing
+    assert rounds[0].scores["test.nll"] > 0
+    told(field, run, "south")
+
+
+def test_another_shape_is_refused_by_name(field: Field) -> None:
+    federation = field.federation
+    folder = federation.folder("east") / "site.toml"
+    before = folder.read_text()
+    tables = federation.sites["east"]
+    settings = tables["tasks"]["blobs"]["settings"]
+    federation.stop_site("east")
+    try:
+        settings["hidden"] = 20
+        federation.enroll(["east"])
+        federation.start_site("east")
+        run = federation.launch(field.config("shape", rounds=1))
+        _, rounds = finished(field, run)
+        assert "first.weight" in rounds[0].missing["east"]
+        assert site_row(rounds[0], "east").state in ("failed", "refused")
+    finally:
+        settings["hidden"] = 0
+        federation.stop_site("east")
+        folder.write_text(before)
+        federation.start_site("east")
+
+
+# -- processes that die -------------------------------------------------------------------------------
+
+
+def test_a_killed_site_is_missing_and_comes_back(field: Field) -> None:
+    gate = field.switches["north"] / "gate"
+    gate.touch()
+    run = field.federation.launch(field.config("site-killed", rounds=2))
+    wait_for(field.switches["north"] / "reached", 60)
+    field.federation.kill("north")
+    event = field.federation.until(
+        lambda e: e.kind == "round" and e.round == 1 and e.data["state"] == "committed", run
+    )
+    assert "gone" in event.data["missing"]["north"]
+    gate.unlink()
+    held = field.switches["south"] / "gate"  # so that round 2 is still open when north is back
+    held.touch()
+    field.federation.start_site("north")
+    held.unlink()
+    _, rounds = finished(field, run)
+    assert "north" in rounds[0].missing
+    third = field.federation.launch(field.config("site-back", rounds=1))
+    assert not finished(field, third)[1][0].missing
+
+
+def test_a_killed_daemon_goes_on_and_nothing_is_trained_twice(field: Field) -> None:
+    config = field.config("daemon-killed", rounds=2, cohort={"quorum": "all", "deadline_s": 120})
+    undisturbed = finished(field, field.federation.launch({**config, "name": "undisturbed"}))[1]
+    field.clear()
+    gate = field.switches["north"] / "gate"
+    gate.touch()
+    run = field.federation.launch(config)
+    wait_for(field.switches["north"] / "reached", 60)
+
+    def two_counted(event: Event) -> bool:
+        rows = event.data.get("sites", ()) if event.kind == "round" else ()
+        return sum(row["state"] == "counted" for row in rows) == 2
+
+    field.federation.until(two_counted, run)
+    field.federation.kill_daemon()
+    field.federation.start_daemon()
+    field.federation.await_sites(SITES)
+    gate.unlink()
+    _, rounds = finished(field, run)
+    assert [r.model for r in rounds] == [r.model for r in undisturbed]
+    assert all(r.attempt == 1 for r in rounds)
+    per_round = 2 * 120 // 20
+    assert {site: field.steps(site) for site in SITES} == dict.fromkeys(SITES, 2 * per_round)
+
+
+def test_finished_work_of_an_abandoned_attempt_counts_in_the_next(field: Field) -> None:
+    gate = field.switches["north"] / "gate"
+    gate.touch()
+    config = field.config("abandoned", rounds=1, cohort={"quorum": "all", "deadline_s": 4})
+    run = field.federation.launch(config)
+    told(field, run, "was not there at the deadline")
+    gate.unlink()
+    _, rounds = finished(field, run)
+    assert rounds[0].attempt > 1
+    assert not rounds[0].missing
+    per_round = 2 * 120 // 20
+    assert field.steps("south") == field.steps("east") == per_round
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    field = Field(tmp_path / "f")
+    with field.federation:
+        processes = field.federation.processes()
+        assert len(processes) > 3
+    assert not [p for p in processes if p.is_running() and p.status() != "zombie"]

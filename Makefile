@@ -57,7 +57,7 @@ protos: $(READY_TO_DEVELOP) ## regenerate the code beside protos/v1/*.proto
 		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/v1/*.proto
 
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
-	$(BIN)/python -m benchmarks.seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
+	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 bench: bench-exchange ## every benchmark of `farflung bench`
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from protos.plan import Schedule, Work
 from strategies.context import Draft, Memo
 from strategies.protocol import Family, Strategy
+from strategies.row import Row, Seed, Site, at_least, mean
 
 
 class CoLearning(Strategy):
@@ -89,3 +90,77 @@ class CoLearning(Strategy):
             grown = max(epochs, min(self.factor * epochs, self.max_epochs)) if settled else epochs
             memo = {"epochs": grown, "judged": draft.last.round, "grown": grown > epochs}
         return draft.but(work=Work(epochs=memo["epochs"])), memo
+
+
+_ALL = tuple(f"site{k}" for k in range(5))
+_SITES = tuple(Site(name, {"part": k, "parts": 5}) for k, name in enumerate(_ALL))
+_CYCLE = {"name": "co_learning", "decay": 0.25, "factor": 1.0}
+
+
+def _arm(
+    strategy: list[dict[str, Any]],
+    rounds: int = 8,
+    epochs: int = 5,
+    alpha: float = 0.0,
+    lr: float = 0.05,
+    sites: tuple[str, ...] = _ALL,
+) -> dict[str, Any]:
+    """40 local epochs in all, unless ``strategy`` adds some."""
+    return {
+        "rounds": rounds,
+        "strategy": strategy,
+        "task": {"params": {"alpha": alpha}},
+        "init": {"from": f"site:{sites[0]}"},
+        "cohort": {"sites": list(sites)},
+        "local": {"work": {"epochs": epochs}, "lr": lr},
+    }
+
+
+def _holds(seeds: Sequence[Seed]) -> list[str]:
+    accuracy = {arm: 100 * mean(seeds, arm) for arm in ROW.arms}
+    shares = [seed["iid-ile"]["exchanges"] / seed["iid-clr-1"]["exchanges"] for seed in seeds]
+    out = at_least("CLR over ELR", accuracy["iid-clr"] - accuracy["iid-elr"], 0.5)
+    for split, gap in (("iid", -1.5), ("skew", -3.0)):
+        clr = accuracy[f"{split}-clr"]
+        out += at_least(f"{split}: CLR over centralised", clr - accuracy["centralised"], gap)
+        out += at_least(f"{split}: CLR over one site", clr - accuracy[f"{split}-alone"], 4.0)
+    out += at_least("CLR+ILE over one epoch", accuracy["iid-ile"] - accuracy["iid-clr-1"], -0.7)
+    out += at_least("exchanges saved by ILE", 1 - max(shares), 0.7)
+    out += at_least("CLR at a high rate", accuracy["iid-hot-clr"], 88.0)
+    return out + at_least("100 - constant high rate", 100 - accuracy["iid-hot-constant"], 20.0)
+
+
+ROW = Row(
+    number=5,
+    method="co_learning",
+    claim="Averaging works for deep nets if the rate is cyclical and local epochs grow with calm.",
+    control="a rate decayed over the run, a constant rate, centralised training, one site alone",
+    data="M5",
+    task="m5",
+    sites=(*_SITES, Site("union", {})),
+    run={
+        "task": {"name": "m5"},
+        "cohort": {"quorum": "all", "deadline_s": 900.0},
+        "local": {"batch_size": 32, "optimizer": {"name": "sgd", "momentum": 0.9}},
+        "assess": {"every": 1000},  # only the last round
+    },
+    arms={
+        "centralised": _arm([{"name": "global_decay"}], rounds=1, epochs=40, sites=("union",)),
+        "iid-clr": _arm([_CYCLE]),
+        "iid-clr-1": _arm([_CYCLE], rounds=40, epochs=1),
+        "iid-ile": _arm(
+            [{"name": "co_learning", "epsilon": 0.2, "max_epochs": 8.0}], rounds=9, epochs=1
+        ),
+        "iid-elr": _arm([{"name": "global_decay"}]),
+        "iid-constant": _arm([]),
+        "iid-hot-clr": _arm([{**_CYCLE, "decay": 0.1}], lr=0.25),
+        "iid-hot-constant": _arm([], lr=0.25),
+        "iid-alone": _arm([_CYCLE], sites=("site0",)),
+        "skew-clr": _arm([_CYCLE], alpha=0.5),
+        "skew-elr": _arm([{"name": "global_decay"}], alpha=0.5),
+        "skew-constant": _arm([], alpha=0.5),
+        "skew-alone": _arm([_CYCLE], alpha=0.5, sites=("site0",)),
+    },
+    holds=_holds,
+    reproduced="partly",
+)

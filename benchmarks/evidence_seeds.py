@@ -1,0 +1,159 @@
+"""Rows: run the claims of papers through a real orchestrator and real sites, and say what held.
+
+    python -m benchmarks.evidence_seeds [--rows 5,46] [--seeds 6]
+
+For every row each arm is one run a seed, all in one federation. The last lines are one a row,
+``row 5 co_learning: holds`` or what fell short; the exit code is 1 if any did. The tables go into
+docs/evidence.md, between the marks of their row, whatever they show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from strategies.row import Row, Scores, Seed, rows
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIDENCE = ROOT / "docs/evidence.md"
+HEAD = """# Evidence
+
+What the methods do here, measured through a real orchestrator and real site agents by
+`make evidence-seeds`; negative results included. Each table is written by the program, and no bar
+is tuned until it passes.
+"""
+
+Launch = Callable[[dict[str, Any]], Any]
+"""Runs a run file to its end; gives the harness's RunResult."""
+
+
+def task_source(module: str) -> str:
+    """Where the task of a row is: the class named like the module, in capitals."""
+    return f"{ROOT / 'benchmarks/tasks' / module}.py:{module.upper()}"
+
+
+def measured(result: Any) -> Scores:
+    """The scores of a run, and what it cost."""
+    return {
+        **{name: float(value) for name, value in result.scores.items()},
+        "exchanges": float(len(result.rounds)),
+        "wire_bytes": float(result.wire_bytes),
+        "seconds": float(result.seconds),
+    }
+
+
+def run_seed(row: Row, seed: int, launch: Launch) -> Seed:
+    """All arms of a row with one seed."""
+    out: dict[str, Scores] = {}
+    for arm in row.arms:
+        out[arm] = measured(launch(row.config(arm, seed)))
+        accuracy = out[arm].get("test.accuracy", float("nan"))
+        took = out[arm]["seconds"]
+        print(f"row {row.number} seed {seed} {arm}: {accuracy:.4f} [{took:.0f} s]", flush=True)
+    return out
+
+
+def run_row(row: Row, seeds: int) -> list[Seed]:
+    """All seeds of a row, in one federation."""
+    from benchmarks.harness import Federation
+
+    with Federation(
+        sites=[site.name for site in row.sites],
+        tasks={row.task: task_source(row.task)},
+        settings={site.name: dict(site.settings) for site in row.sites},
+    ) as federation:
+        return [run_seed(row, seed, federation.run) for seed in range(seeds)]
+
+
+def table(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
+    """The row's part of docs/evidence.md."""
+    lines = [
+        f"## Row {row.number}: {row.method}",
+        "",
+        f"Claim: {row.claim} Control: {row.control}. Data: {row.data}, {len(seeds)} seeds.",
+        f"Reproduced: {row.reproduced}.",
+        "",
+        "| arm | accuracy % | NLL | ECE | exchanges | MB | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm in row.arms:
+        cells = [
+            _spread(seeds, arm, "test.accuracy", 100, 2),
+            _spread(seeds, arm, "test.nll", 1, 3),
+            _spread(seeds, arm, "test.ece", 1, 3),
+            _spread(seeds, arm, "exchanges", 1, 0),
+            _spread(seeds, arm, "wire_bytes", 1e-6, 2),
+            _spread(seeds, arm, "seconds", 1, 0),
+        ]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += ["", "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."]
+    return "\n".join(lines)
+
+
+def _spread(seeds: Sequence[Seed], arm: str, score: str, scale: float, digits: int) -> str:
+    values = [scale * seed[arm][score] for seed in seeds if score in seed[arm]]
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{text} ± {spread:.{digits}f}" if spread else text
+
+
+def written(document: str, number: int, part: str) -> str:
+    """The document with a row's part replaced, or added at its end."""
+    begin, end = f"<!-- row {number} -->", f"<!-- end of row {number} -->"
+    block = f"{begin}\n{part}\n{end}"
+    if begin in document and end in document:
+        before, _, rest = document.partition(begin)
+        return before + block + rest.partition(end)[2]
+    return document.rstrip("\n") + f"\n\n{block}\n"
+
+
+def verdict(row: Row, short: Sequence[str]) -> str:
+    """One line a row."""
+    name = f"row {row.number} {row.method}"
+    return f"{name}: holds" if not short else f"{name}: fell short: {'; '.join(short)}"
+
+
+def chosen(wanted: str, known: Mapping[int, Row]) -> list[Row]:
+    """The rows that are asked for; all of them for nothing.
+
+    Raises:
+        SystemExit: A number that no row has.
+    """
+    if not wanted:
+        return list(known.values())
+    numbers = [int(part) for part in wanted.replace(" ", "").split(",")]
+    missing = [n for n in numbers if n not in known]
+    if missing:
+        raise SystemExit(f"there is no row {missing[0]}; there are {sorted(known)}")
+    return [known[n] for n in numbers]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write, judge."""
+    parser = argparse.ArgumentParser(prog="evidence-seeds", description=(__doc__ or "")[:99])
+    parser.add_argument("--rows", default="", help="numbers, such as 5,46; all by default")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (5)")
+    parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
+    options = parser.parse_args(arguments)
+    verdicts, failed = [], False
+    for row in chosen(options.rows, rows()):
+        seeds = run_row(row, options.seeds)
+        short = row.holds(seeds)
+        failed |= bool(short)
+        verdicts.append(verdict(row, short))
+        document = options.out.read_text(encoding="utf-8") if options.out.exists() else HEAD
+        part = table(row, seeds, short)
+        options.out.write_text(written(document, row.number, part), encoding="utf-8")
+        print("\n" + part + "\n", flush=True)
+    print("\n".join(verdicts))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -117,24 +117,36 @@ def _tasks(home: Home) -> Iterator[Finding]:
     config = SiteConfig.load(home.config)
     if not config.tasks:
         yield Finding("tasks", "warning", f"none; name one in {home.config}")
+    there = []
     for name, source in config.sources(home.root).items():
         if source.file is None:
             yield Finding("task", "failed", f"{name}: {source.place} is not there")
-            continue
-        yield _importable(name, source.text, home)
+        else:
+            there.append((name, source.text))
+    if there:
+        yield from _importable(there, home)
 
 
-def _importable(name: str, source: str, home: Home) -> Finding:
-    """Import a task's module in a process of its own: it may do anything, also end."""
-    script = (
-        "import sys\n"
-        "from strategies.loading import task_class\n"
-        "from pathlib import Path\n"
-        "task_class(sys.argv[1], sys.argv[2], Path())\n"
-    )
+IMPORT = """
+import sys
+from pathlib import Path
+from strategies.loading import task_class
+
+for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        task_class(name, source, Path())
+    except Exception as error:
+        print(name, f"{type(error).__name__}: {error}".replace("\\n", " "), flush=True)
+    else:
+        print(name, flush=True)
+"""
+
+
+def _importable(tasks: list[tuple[str, str]], home: Home) -> Iterator[Finding]:
+    """Import the tasks' modules in another process: they may do anything, also end it."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script, name, source],
+            [sys.executable, "-c", IMPORT, *(word for task in tasks for word in task)],
             cwd=home.root,
             capture_output=True,
             text=True,
@@ -142,11 +154,19 @@ def _importable(name: str, source: str, home: Home) -> Finding:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Finding("task", "warning", f"{name}: its import takes longer than {TASK_S:g} s")
-    if done.returncode == 0:
-        return Finding("task", "ok", f"{name}: can be imported; `farflung-site task test {name}`")
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return Finding("task", "failed", f"{name}: can't be imported: {last}")
+        names = ", ".join(name for name, _ in tasks)
+        yield Finding("task", "warning", f"{names}: importing takes longer than {TASK_S:g} s")
+        return
+    # What a module prints has no name of a task at its beginning, or does no harm.
+    said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    for name, _ in tasks:
+        if name not in said:
+            yield Finding("task", "failed", f"{name}: its import ends the process")
+        elif said[name]:
+            yield Finding("task", "failed", f"{name}: can't be imported: {said[name]}")
+        else:
+            hint = f"`farflung-site task test {name}` trains one step"
+            yield Finding("task", "ok", f"{name}: can be imported; {hint}")
 
 
 def _disk(home: Home) -> Iterator[Finding]:

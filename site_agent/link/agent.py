@@ -294,8 +294,17 @@ class Agent:
             self._journal.info("contribution counted", **facts)
         else:
             self._journal.warning(f"contribution {verdict}", error=error, reason=message, **facts)
-        for plan_id in entry.plans:
+
+    def closed(self, plan_id: str) -> None:
+        """A plan has its answer."""
+        self._plans.close(plan_id)
+
+    def unanswered(self, plan_id: str) -> None:
+        """A contribution was meant for this plan too, but was answered for another attempt."""
+        assignment = self._plans.get(plan_id)
+        if assignment is not None and not assignment.cancelled:
             self._plans.close(plan_id)
+            self._offered(assignment.plan.encode())
 
     def unsendable(self, entry: Entry, error: FarflungError) -> None:
         """A contribution's payload is damaged here; it was removed."""

@@ -35,6 +35,12 @@ class Ears(Protocol):
     def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
         """A contribution has its final answer."""
 
+    def closed(self, plan_id: str) -> None:
+        """A plan has its answer."""
+
+    def unanswered(self, plan_id: str) -> None:
+        """A contribution was meant for this plan too, but was answered for another attempt."""
+
     def unsendable(self, entry: Entry, error: FarflungError) -> None:
         """A contribution's payload is damaged here; it was removed."""
 
@@ -58,6 +64,7 @@ class Sender:
         self._call: grpc.Call | None = None
         self._not_before: dict[str, float] = {}
         self._waits: dict[str, Iterator[float]] = {}
+        self._unclear: list[str] = []
         self.sent_bytes = 0
 
     # -- from other threads ----------------------------------------------------------------------
@@ -101,6 +108,9 @@ class Sender:
     def run(self) -> None:
         """Send until stopped."""
         while (entry := self._next()) is not None:
+            if isinstance(entry, str):
+                self._clarify(entry)
+                continue
             try:
                 self._send(entry)
             except Unavailable as error:
@@ -115,10 +125,12 @@ class Sender:
                 self._outbox.discard(entry)
                 self._ears.unsendable(entry, DataCorrupt(f"the outbox can't be read: {error}"))
 
-    def _next(self) -> Entry | None:
-        """The next contribution whose time has come; None at the end."""
+    def _next(self) -> Entry | str | None:
+        """The next contribution or unclear plan whose time has come; None at the end."""
         with self._condition:
             while not self._stopped:
+                if self._unclear and self._attached:
+                    return self._unclear.pop(0)
                 now, soonest = monotonic(), None
                 for entry in self._outbox.waiting() if self._attached else ():
                     due = self._not_before.get(entry.digest, now)
@@ -127,6 +139,21 @@ class Sender:
                     soonest = due if soonest is None else min(soonest, due)
                 self._condition.wait(None if soonest is None else soonest - now)
             return None
+
+    def _clarify(self, plan_id: str) -> None:
+        """Ask how it stands with a plan; if it can't be asked now, its offer will come again."""
+        request = site_pb2.StatusRequest(plan_id=plan_id)
+        try:
+            stub = site_pb2_grpc.BulkStub(self._open())
+            status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
+        except grpc.RpcError:
+            self.reconnect()
+            self._ears.closed(plan_id)
+            return
+        if status.HasField("answer"):
+            self._ears.closed(plan_id)
+        else:
+            self._ears.unanswered(plan_id)
 
     def _later(self, entry: Entry, error: FarflungError) -> None:
         wait = next(self._waits.setdefault(entry.digest, backoff()))
@@ -197,6 +224,11 @@ class Sender:
             raise Unavailable("the orchestrator gave an answer without a verdict")
         self._outbox.answer(entry, verdict, answer.message)
         self._ears.answered(entry, verdict, answer.error, answer.message)
+        answered_for = answer.plan_id or entry.header.plan_id
+        self._ears.closed(answered_for)
+        with self._condition:
+            self._unclear += [p for p in entry.plans if p != answered_for]
+            self._condition.notify_all()
 
 
 def _watched(

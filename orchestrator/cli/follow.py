@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestrator import views
 from orchestrator.cli import tables
 from orchestrator.cli.output import complain, console, print_json_line
-from orchestrator.client import EventStream, OperatorClient
+from orchestrator.client import OperatorClient
 from protos.errors import ERRORS, ComputeFailed, DeadlineExceeded, TaskFailed
 
 ENDED = frozenset({"finished", "stopped", "paused", "failed"})
@@ -44,14 +44,8 @@ def follow_run(client: OperatorClient, name: str, as_json: bool) -> int:
         The exit code: 0 only if the run ended well and every round had all its sites.
     """
     run = client.run(name)
-    stream = client.watch(run.id)
     try:
-        if as_json:
-            run = _follow_json(client, run, stream)
-        elif console().is_terminal:
-            run = _follow_live(client, run, stream)
-        else:
-            run = _follow_lines(client, run, stream)
+        run = show_json(client, run) if as_json else show(client, run)
     except KeyboardInterrupt:
         complain(
             f"stopped following; run {run.name} goes on. `farflung watch {run.name}` shows it "
@@ -60,9 +54,12 @@ def follow_run(client: OperatorClient, name: str, as_json: bool) -> int:
             error="Interrupted",
         )
         return INTERRUPTED
-    finally:
-        stream.close()
-    code, problems = verdict(run, client.rounds(run.id))
+    rounds = client.rounds(run.id)
+    if not as_json:
+        out = console()
+        out.print(tables.round_table(rounds))
+        out.print(ending(run), markup=False)
+    code, problems = verdict(run, rounds)
     for problem in problems:
         complain(problem, as_json, error="Incomplete")
     return code
@@ -101,53 +98,47 @@ def verdict(run: views.Run, rounds: Sequence[views.Round]) -> tuple[int, list[st
 # -- three manners ---------------------------------------------------------------------------------
 
 
-def _events(client: OperatorClient, run: views.Run, stream: EventStream) -> Iterable[views.Event]:
-    """The events of a run up to its end; a run that ended already gives its history."""
-    if run.state in ENDED:
-        yield from client.watch(run.id, follow=False)
-        return
-    for event in stream:
-        yield event
-        # History may hold ends that an extension undid, so the daemon has the last word.
-        ended = event.kind == "run" and event.data.get("state") in ENDED
-        if ended and client.run(run.id).state in ENDED:
-            return
-
-
-def _follow_json(client: OperatorClient, run: views.Run, stream: EventStream) -> views.Run:
-    for event in _events(client, run, stream):
-        print_json_line(event)
-    return client.run(run.id)
-
-
-def _follow_lines(client: OperatorClient, run: views.Run, stream: EventStream) -> views.Run:
-    for event in _events(client, run, stream):
-        if event.text:
-            _print(line(event), event.level)
-    run = client.run(run.id)
+def show(client: OperatorClient, run: views.Run) -> views.Run:
+    """Follow a run up to its end: a live picture on a terminal, a line an event elsewhere."""
     out = console()
-    out.print(tables.round_table(client.rounds(run.id)))
-    out.print(ending(run), markup=False)
-    return run
-
-
-def _follow_live(client: OperatorClient, run: views.Run, stream: EventStream) -> views.Run:
+    if not out.is_terminal:
+        for event in _events(client, run):
+            if event.text:
+                _print(line(event), event.level)
+        return client.run(run.id)
     screen = Screen(run, client.rounds(run.id))
-    out = console()
     live: AbstractContextManager[object] = (
         nullcontext()
         if run.state in ENDED
         else Live(get_renderable=screen.draw, console=out, refresh_per_second=4, transient=True)
     )
     with live:
-        for event in _events(client, run, stream):
+        for event in _events(client, run):
             screen.take(event)
             if event.kind == "log" and event.level != "info" and event.text:
                 out.print(Text(line(event), style=_style(event.level)))
-    run = client.run(run.id)
-    out.print(tables.round_table(client.rounds(run.id)))
-    out.print(ending(run), markup=False)
-    return run
+    return client.run(run.id)
+
+
+def show_json(client: OperatorClient, run: views.Run) -> views.Run:
+    """Follow a run up to its end: each event is a line of JSON."""
+    for event in _events(client, run):
+        print_json_line(event)
+    return client.run(run.id)
+
+
+def _events(client: OperatorClient, run: views.Run) -> Iterator[views.Event]:
+    """The events of a run up to its end; a run that ended already gives its history."""
+    if run.state in ENDED:
+        yield from client.watch(run.id, follow=False)
+        return
+    with closing(client.watch(run.id)) as stream:
+        for event in stream:
+            yield event
+            # History may hold ends that an extension undid, so the daemon has the last word.
+            ended = event.kind == "run" and event.data.get("state") in ENDED
+            if ended and client.run(run.id).state in ENDED:
+                return
 
 
 class Screen:

@@ -23,7 +23,10 @@ def demo(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave daemon, sites and page running at the end.")
     ] = False,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of each run.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, help="Rounds of each run.", show_default=False),
+    ] = None,
     home: Annotated[
         Path | None,
         typer.Option("--home", help="Folder for everything; a new one if empty.", file_okay=False),

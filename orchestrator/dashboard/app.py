@@ -19,7 +19,7 @@ import contextlib
 import ipaddress
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -35,8 +35,8 @@ from starlette.routing import Route
 
 from orchestrator.dashboard.assets import Assets
 from orchestrator.dashboard.guard import Guard, is_loopback
-from orchestrator.dashboard.stream import EventStream, TooManyViewers
-from orchestrator.views import Daemon, Event, Round, Run, Site
+from orchestrator.dashboard.stream import Events, EventStream, TooManyViewers
+from orchestrator.views import Daemon, Round, Run, Site
 from protos.errors import ERRORS, ConfigInvalid, FarflungError
 
 START_S = 10.0
@@ -78,8 +78,8 @@ class Operator(Protocol):
         """Its rounds, oldest first."""
         ...
 
-    def watch(self, run: str, after: int, follow: bool) -> Iterator[Event]:
-        """Events with a number greater than ``after``; if it has ``cancel()``, that ends it."""
+    def watch(self, run: str, after: int, follow: bool) -> Events:
+        """Events with a number greater than ``after``; then, if followed, as they happen."""
         ...
 
 
@@ -109,14 +109,13 @@ async def _unrouted(_: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=error.status_code)
 
 
-def create_app(operator: Operator, *, keepalive_s: float = 15.0) -> Starlette:
+def create_app(operator: Operator) -> Starlette:
     """The dashboard of one operator.
 
     Args:
         operator: Where everything is read from; its methods may block.
-        keepalive_s: How often a silent event stream says that it is still there.
     """
-    stream = EventStream(operator, keepalive_s=keepalive_s)
+    stream = EventStream(operator)
 
     assets = Assets()
 

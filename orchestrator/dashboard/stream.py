@@ -30,10 +30,22 @@ MOST_QUEUED = 1_000
 RETRY_MS = 2_000
 
 
+class Events(Protocol):
+    """Events that are being watched."""
+
+    def __iter__(self) -> Iterator[Event]:
+        """Oldest first."""
+        ...
+
+    def close(self) -> None:
+        """Ends it; another thread that waits for the next event gets no more."""
+        ...
+
+
 class Watched(Protocol):
     """What the stream needs of an operator."""
 
-    def watch(self, run: str, after: int, follow: bool) -> Iterator[Event]:
+    def watch(self, run: str, after: int, follow: bool) -> Events:
         """Events with a greater number, oldest first; then, if followed, as they happen."""
         ...
 
@@ -70,28 +82,26 @@ class EventStream:
     All methods belong to one event loop; only the watch itself runs in a thread of its own.
     """
 
-    def __init__(self, operator: Watched, *, keepalive_s: float = KEEPALIVE_S) -> None:
+    def __init__(self, operator: Watched) -> None:
         self._operator = operator
-        self._keepalive_s = keepalive_s
         self._viewers: set[_Viewer] = set()
         self._last = 0
         self._ready = asyncio.Event()
         self._ending = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._upstream: Iterator[Event] | None = None
+        self._upstream: Events | None = None
 
     def start(self) -> None:
         """Begins to follow the daemon's events."""
         self._loop = asyncio.get_running_loop()
-        # A daemon thread: a watch that can't be interrupted must not keep the process alive.
+        # A daemon thread: a daemon that does not answer must not keep the process alive.
         threading.Thread(target=self._follow, name="dashboard-events", daemon=True).start()
 
     def end(self) -> None:
-        """Ends every viewer's stream, and the upstream watch where it can be interrupted."""
+        """Ends every viewer's stream, and the upstream watch."""
         self._ending.set()
-        cancel = getattr(self._upstream, "cancel", None)
-        if callable(cancel):
-            cancel()
+        if self._upstream is not None:
+            self._upstream.close()
         self._ready.set()
         for viewer in list(self._viewers):
             viewer.put(None)
@@ -153,7 +163,7 @@ class EventStream:
                         yield as_text(event)
             while not self._ending.is_set():
                 try:
-                    item = await asyncio.wait_for(viewer.queue.get(), self._keepalive_s)
+                    item = await asyncio.wait_for(viewer.queue.get(), KEEPALIVE_S)
                 except TimeoutError:
                     yield ": keepalive\n\n"
                     continue
@@ -186,6 +196,8 @@ class EventStream:
                     caught_up = True
                     self._call(self._caught_up, last)
                 self._upstream = self._operator.watch("", last, True)
+                if self._ending.is_set():  # end() came before there was anything to close
+                    self._upstream.close()
                 for event in self._upstream:
                     last, wait_s = event.number, 0.2
                     self._call(self._deliver, event)

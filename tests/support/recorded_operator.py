@@ -22,7 +22,7 @@ class Following:
 
     def __init__(self, operator: RecordedOperator, run: str, after: int, follow: bool) -> None:
         self.operator, self.run, self.after, self.follow = operator, run, after, follow
-        self.cancelled = False
+        self.closed = False
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -30,7 +30,7 @@ class Following:
     def __next__(self) -> Event:
         changed = self.operator.changed
         with changed:
-            while not self.cancelled:
+            while not self.closed:
                 for event in self.operator.events:
                     if event.number > self.after and (not self.run or event.run == self.run):
                         self.after = event.number
@@ -40,9 +40,9 @@ class Following:
                 changed.wait()
         raise StopIteration
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         with self.operator.changed:
-            self.cancelled = True
+            self.closed = True
             self.operator.changed.notify_all()
 
 
@@ -75,7 +75,7 @@ class RecordedOperator:
         self.run(name)
         return self.recording.rounds() if self.recording else []
 
-    def watch(self, run: str, after: int, follow: bool) -> Iterator[Event]:
+    def watch(self, run: str, after: int, follow: bool) -> Following:
         return Following(self, run, after, follow)
 
     # ---------------------------------------------------------------------- what a test can do

@@ -170,6 +170,7 @@ class Recording:
         pace = 1 + 0.22 * self.noise("pace", site) + 0.05 * self.noise("pace", site, n)
         stretch = (self.epochs[n - 1] / 5) ** 0.3
         lengths: list[tuple[WorkState, float]] = [
+            ("asked", 0.2),
             ("waiting", 0.6 + 0.4 * abs(self.noise("wait", site, n))),
             ("preparing", 1.2 if n > 1 else 4.5),
             ("fetching", 2.1 * pace),
@@ -181,6 +182,7 @@ class Recording:
         for state, seconds in lengths:
             phases.append(SitePhase(state=state, start=at, end=at + seconds))
             at += seconds
+        phases.append(SitePhase(state="refused" if refused else "counted", start=at))
         drift = 0.012 * self.noise("skew", site) + 0.006 * self.noise("score", site, n)
         scores = {
             key: round(value - (0.016 - drift if key.endswith("accuracy") else -0.05 + drift), 5)
@@ -201,7 +203,7 @@ class Recording:
             loss=None if refused else round(loss + 0.02 * self.noise("loss", site, n), 5),
             learning_rate=0.025,
             examples=examples,
-            examples_per_s=round(examples * self.epochs[n - 1] / lengths[3][1], 1),
+            examples_per_s=round(examples * self.epochs[n - 1] / lengths[4][1], 1),
             received_bytes=848_000,
             sent_bytes=851_000,
             norm=None if refused else round(9.4 * self.change(n) * pace, 4),
@@ -242,7 +244,7 @@ class Recording:
                         "state": last.state,
                         "phases": tuple(kept),
                         "done": round(planned * share, 2) if training else planned,
-                        "eta_s": round(full.phases[3].end - until, 1)  # type: ignore[operator]
+                        "eta_s": round(full.phases[4].end - until, 1)  # type: ignore[operator]
                         if training
                         else None,
                         "sent_bytes": 0,
@@ -347,7 +349,9 @@ class Recording:
         ]
         if scores:
             words.append(
-                f"{scores['val.accuracy']:.1%} (centralised reference 89.1 %)".replace("%", " %", 1)
+                f"{scores['test.accuracy']:.1%} (centralised reference 89.1 %)".replace(
+                    "%", " %", 1
+                )
             )
             words.append(f"ECE {100 * scores['test_calibrated.ece']:.1f} %")
         words.append(f"{n} of {n} sites")

@@ -115,7 +115,6 @@ export class Feed {
   }
 
   onRun(event) {
-    this.note(event);
     const run = event.data;
     if (!run.id) return this.load();
     this.runs = [...this.runs.filter((other) => other.id !== run.id), run];
@@ -124,7 +123,6 @@ export class Feed {
   }
 
   onRound(event) {
-    this.note(event);
     const round = event.data;
     if (!round.round) return this.load();
     if (round.run !== this.run?.id) return;

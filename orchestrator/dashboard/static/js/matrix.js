@@ -7,15 +7,12 @@ import { colour, siteColour } from "./palette.js";
 import { files } from "./panel.js";
 import { measure, moved, picture } from "./pen.js";
 import { ticks } from "./ticks.js";
-import { isBad } from "./timeline.js";
+import { isBad, took } from "./timeline.js";
 
 const AXIS = 22;
 const TITLE = "Time of every site in every round";
 
-const took = (row) => {
-  const last = row.phases.at(-1);
-  return last ? (last.end ?? Date.now() / 1000) - row.phases[0].start : 0;
-};
+const length = (row) => took(row, Date.now() / 1000) ?? 0;
 
 export class Matrix {
   constructor(choose) {
@@ -75,7 +72,7 @@ export class Matrix {
     const rows = round.sites.length > 9 ? round.sites.filter((row) => isBad(row.state)) : round.sites;
     const value = (row) =>
       h("span", { class: "value" }, h("i", { class: "key", style: { "--c": siteColour(this.sites.indexOf(row.site)) } }),
-        h("span", { class: "who" }, row.site), h("b", {}, seconds(took(row))), isBad(row.state) ? ` ${row.state}` : "");
+        h("span", { class: "who" }, row.site), h("b", {}, seconds(length(row))), isBad(row.state) ? ` ${row.state}` : "");
     this.readout.replaceChildren(h("span", { class: "when" }, `round ${n}`), ...rows.map(value));
   }
 
@@ -89,7 +86,7 @@ export class Matrix {
   paint(pen, width) {
     const { rounds, sites, lane, cell, left } = this;
     // A round that hangs must not flatten all others: it is cut off instead.
-    const longest = (some) => Math.max(0, ...some.map((round) => Math.max(0, ...round.sites.map(took))));
+    const longest = (some) => Math.max(0, ...some.map((round) => Math.max(0, ...round.sites.map(length))));
     const most = 1.15 * longest(rounds.filter((round) => round.closed !== null)) || longest(rounds) || 1;
     const gap = cell > 5 ? 2 : cell > 2 ? 0.5 : 0;
     const full = lane - (lane > 10 ? 6 : 1);
@@ -103,7 +100,7 @@ export class Matrix {
         const row = round.sites.find((r) => r.site === site);
         if (!row) return;
         const x = left + n * cell;
-        const h_ = Math.max(1, full * Math.min(1, took(row) / most));
+        const h_ = Math.max(1, full * Math.min(1, length(row) / most));
         if (!isBad(row.state)) return bars.push([x + gap / 2, (k + 1) * lane - h_, Math.max(0.5, cell - gap), h_]);
         const [cx, cy, r] = [x + cell / 2, (k + 1) * lane - full / 2, Math.min(4, cell / 2.5, full / 2)];
         crosses.push([cx - r, cy - r], [cx + r, cy + r], null, [cx - r, cy + r], [cx + r, cy - r], null);
@@ -130,7 +127,7 @@ export class Matrix {
       table: () => ({
         title: "Seconds of every site in every round",
         columns: ["round", "site", "state", "seconds"],
-        rows: this.rounds.flatMap((round) => round.sites.map((row) => [round.round, row.site, row.state, took(row)])),
+        rows: this.rounds.flatMap((round) => round.sites.map((row) => [round.round, row.site, row.state, length(row)])),
       }),
     };
   }

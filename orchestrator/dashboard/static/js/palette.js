@@ -24,7 +24,7 @@ export const font = (size, weight = 400) => `${weight} ${size}px ${colour("face"
 
 // What is done with a round's seconds: tints of the ink, since hues belong to the sites.
 export const PHASES = [
-  { name: "waiting", parts: ["waiting", "preparing"], tint: 0.13 },
+  { name: "waiting", parts: ["asked", "waiting", "preparing"], tint: 0.13 },
   { name: "fetching", parts: ["fetching"], tint: 0.34 },
   { name: "training", parts: ["training"], tint: 0.66 },
   { name: "sending", parts: ["encoding", "sending"], tint: 0.34 },

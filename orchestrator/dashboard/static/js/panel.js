@@ -79,6 +79,7 @@ export class Panel {
     this.note.textContent = there ? "" : empty;
     this.plot.update(spec);
     this.host.setAttribute("aria-label", this.summary());
+    this.node.querySelector(".numbers")?.replaceWith(numbers(this.table()));
   }
 
   summary() {

@@ -59,7 +59,8 @@ export class Plot {
       cursor: {
         y: false,
         drag: { x: true, y: false, setScale: false, dist: 6 },
-        sync: { key: group.key, setSeries: false },
+        // Only the crosshair is shared: a brush would be read again on every chart's new scale.
+        sync: { key: group.key, setSeries: false, filters: { pub: (type) => /move|leave/.test(type) } },
         bind: { dblclick: () => () => group.zoomTo(null), click: () => () => this.chosen() },
         points: {
           size: 6,

@@ -2,7 +2,7 @@
 
 import { bytes, plain, scoreName } from "./format.js";
 
-const DECIDED = new Set(["committed", "held", "abandoned", "closed"]);
+const DECIDED = new Set(["committed", "held", "abandoned"]);
 
 /** Rounds that have an outcome, and so a place on an axis. */
 export const decided = (rounds) => rounds.filter((round) => DECIDED.has(round.state));
@@ -75,7 +75,8 @@ export function spread(lines) {
   return found;
 }
 
-const ORDER = ["val.accuracy", "test.accuracy", "val.nll", "test.nll", "val.ece", "test.ece"];
+// The first is also the one that the status line speaks of.
+const ORDER = ["test.accuracy", "val.accuracy", "test.nll", "val.nll", "test.ece", "val.ece"];
 
 /** Names of the scores there are, those that people look at first in front. */
 export function scoreNames(rounds) {
@@ -85,7 +86,7 @@ export function scoreNames(rounds) {
 }
 
 /** Which of the names of a metric to show: the calibrated, or that of the chosen set. */
-export function named(names, metric, sets = ["val", "test", ""]) {
+export function named(names, metric, sets = ["test", "val", ""]) {
   for (const set of sets) {
     const name = set ? `${set}.${metric}` : metric;
     if (names.includes(name)) return name;

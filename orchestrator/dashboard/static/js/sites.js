@@ -8,9 +8,10 @@ import { noSites } from "./empty.js";
 import { small } from "./multiples.js";
 import { siteColour, siteDash } from "./palette.js";
 import { Panel } from "./panel.js";
+import { isOpen, took } from "./timeline.js";
 import { axis, bySite, decided, Memory, shownOf } from "./series.js";
 
-const length = (row) => (row.phases.length && row.phases.at(-1).end !== null ? row.phases.at(-1).end - row.phases[0].start : null);
+const length = (row) => (isOpen(row) ? null : took(row));
 
 const CHARTS = [
   { id: "drift", title: "Drift, norm of the contribution", of: (row) => row.norm, value: (x) => number(x) },

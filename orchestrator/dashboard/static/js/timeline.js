@@ -33,17 +33,28 @@ const BAD = new Set(["refused", "failed", "gone", "late", "left"]);
 
 export const isBad = (state) => BAD.has(state);
 
+/** What a site did with its time: the stretches before its answer was final. */
+export const spans = (row) => row.phases.filter((phase) => phase.state in HEIGHTS);
+
+/** Whether the site is still at it. */
+export const isOpen = (row) => row.phases.at(-1)?.end === null && row.phases.at(-1).state in HEIGHTS;
+
+/** From the first stretch to the end of the last, in seconds; null before there is any. */
+export function took(row, now) {
+  const work = spans(row);
+  return work.length ? (work.at(-1).end ?? now) - work[0].start : null;
+}
+
 /** The bar of a row; `domain` is [start, end] in seconds since the epoch. */
 export function bar(pen, width, row, domain, fill, now) {
   const [start, end] = domain;
   const x = (t) => (width - 10) * Math.min(1, Math.max(0, (t - start) / (end - start || 1)));
   let last = start;
-  for (const { state, start: from, end: to } of row.phases) {
+  for (const { state, start: from, end: to } of spans(row)) {
     last = to ?? Math.max(now, from);
     stretch(pen, state, x(from), x(last), fill);
   }
-  const under = row.phases.at(-1);
-  if (under && under.end === null && row.eta_s) {
+  if (isOpen(row) && row.eta_s) {
     // What is still to come is outlined, as far as it can be foreseen.
     const [a, b, middle] = [x(last), x(last + row.eta_s), BAR / 2];
     pen.path([[a, middle - FULL / 2], [b, middle - FULL / 2], [b, middle + FULL / 2], [a, middle + FULL / 2]], { stroke: fill, alpha: 0.7 });

@@ -1,17 +1,17 @@
 // Who did what in a round: one row per site, its bar of time, its work, and what went wrong.
 
-import { copy, h } from "./dom.js";
+import { copy, h, say } from "./dom.js";
 import { bytes, plain, rate, seconds } from "./format.js";
 import { colour, siteColour } from "./palette.js";
 import { moved, picture } from "./pen.js";
 import { files } from "./panel.js";
-import { BAR, bar, isBad, scale, serverBar, stretch } from "./timeline.js";
+import { BAR, bar, isBad, isOpen, scale, serverBar, spans, stretch, took } from "./timeline.js";
 
 const nowS = () => Date.now() / 1000;
 
 /** From the start of a round to its end, or to where it is expected to end. */
 function domainOf(round, now) {
-  const ends = round.sites.flatMap((row) => row.phases.map((phase) => phase.end ?? now + (row.eta_s ?? 0)));
+  const ends = round.sites.map((row) => (spans(row).at(-1)?.end ?? now) + (isOpen(row) ? (row.eta_s ?? 0) : 0));
   const last = round.committed ?? round.closed ?? 0;
   return [round.started, Math.max(round.started + 1, last, ...ends)];
 }
@@ -23,15 +23,14 @@ function doneWords(row) {
 }
 
 function timeWords(row) {
-  const under = row.phases.at(-1)?.end === null;
-  if (under) return row.eta_s === null ? "" : `${seconds(row.eta_s)} left`;
-  return row.phases.length ? seconds(row.phases.at(-1).end - row.phases[0].start) : "";
+  if (isOpen(row)) return row.eta_s === null ? "" : `${seconds(row.eta_s)} left`;
+  return spans(row).length ? seconds(took(row)) : "";
 }
 
 export class WorkTable {
   /** @param sites names in the order that gives them their colours */
   constructor(id, title) {
-    Object.assign(this, { id, titleWords: title, round: null, sites: [], bars: [], urgent: false });
+    Object.assign(this, { id, titleWords: title, round: null, sites: [], lines: new Map(), urgent: false });
     this.rows = h("div", { class: "rows" });
     this.heading = h("h2", {}, title);
     this.node = h("figure", { class: "work", "data-chart": id });
@@ -47,74 +46,97 @@ export class WorkTable {
   /** Whether time goes on in a bar; many bars are drawn less often. */
   running() {
     this.ticks += 1;
-    if (this.bars.length > 20 && this.ticks % 5) return false;
-    return this.round?.sites.some((row) => row.phases.at(-1)?.end === null) ?? false;
+    if (this.lines.size > 20 && this.ticks % 5) return false;
+    return this.round?.sites.some(isOpen) ?? false;
   }
 
   update(round, sites, title, urgent = false) {
-    const same = this.round === round;
+    const before = this.round;
     Object.assign(this, { round, sites, titleWords: title, urgent });
-    this.heading.textContent = title;
-    if (same) return;
+    say(this.heading, title);
+    if (before === round) return;
     const order = new Map(sites.map((name, k) => [name, k]));
-    const rows = [...round.sites].sort((a, b) => (order.get(a.site) ?? 999) - (order.get(b.site) ?? 999));
-    this.bars = [];
-    this.rows.replaceChildren(
-      ...rows.map((row) => this.row(row, order.get(row.site) ?? -1)),
-      ...(round.closed === null ? [] : [this.server()]),
-      this.axis(),
-    );
+    const place = (row) => order.get(row.site) ?? sites.length;
+    const rows = [...round.sites].sort((a, b) => place(a) - place(b));
+    // Lines stay where they are while their words change, so that they can be read and clicked.
+    const key = JSON.stringify([rows.map((row) => row.site), round.closed !== null, sites]);
+    if (this.key_ !== key) {
+      this.key_ = key;
+      this.lines = new Map(rows.map((row) => [row.site, this.line(row.site, order.get(row.site) ?? -1)]));
+      const server = round.closed === null ? [] : [this.server()];
+      this.rows.replaceChildren(...[...this.lines.values()].map((line) => line.node), ...server, this.axis());
+    }
+    for (const row of rows) this.fill(this.lines.get(row.site), row);
+    this.sayServer();
     this.draw();
   }
 
-  row(row, index) {
-    const cell = h("span", { class: "bar" });
-    this.bars.push({ cell, paint: (pen, w, domain, now) => bar(pen, w, row, domain, siteColour(index), now), words: `${row.site}: ${row.state}` });
+  line(site, index) {
+    const cells = Object.fromEntries(["bar", "state", "done", "speed", "sent", "left"].map((name) =>
+      [name, h("span", { class: { bar: "bar", state: "state", speed: "num far", sent: "num far" }[name] ?? `num ${name}` })]));
+    const name = h("span", { class: "name" }, h("i", { class: "key", style: { "--c": siteColour(index) } }), site);
+    const reason = h("span", { class: "reason", hidden: true });
+    const node = h("div", { class: "row", "data-site": site }, name, Object.values(cells), reason);
+    return { node, ...cells, reason, index, row: null };
+  }
+
+  fill(line, row) {
     const bad = isBad(row.state);
+    line.row = row;
+    line.node.dataset.state = row.state;
+    line.node.classList.toggle("bad", bad);
+    line.state.classList.toggle("act", bad && this.urgent);
+    say(line.state, row.state);
+    say(line.done, doneWords(row));
+    say(line.speed, row.examples_per_s === null ? "" : rate(row.examples_per_s));
+    say(line.sent, row.sent_bytes ? `${bytes(row.sent_bytes)} sent` : "");
+    say(line.left, timeWords(row));
     const reason = row.reason || this.round.missing[row.site] || "";
-    const state = h("span", { class: bad && this.urgent ? "state act" : "state" }, row.state);
-    return h(
-      "div",
-      { class: bad ? "row bad" : "row", "data-site": row.site, "data-state": row.state },
-      h("span", { class: "name" }, h("i", { class: "key", style: { "--c": siteColour(index) } }), row.site),
-      cell,
-      state,
-      h("span", { class: "num" }, doneWords(row)),
-      h("span", { class: "num far" }, rate(row.examples_per_s)),
-      h("span", { class: "num far" }, row.sent_bytes ? `${bytes(row.sent_bytes)} sent` : ""),
-      h("span", { class: "num left" }, timeWords(row)),
-      reason ? h("span", { class: "reason" }, `${reason}. `, copy(`${row.error || row.state}: ${reason}`)) : null,
-    );
+    if (line.reason.dataset.said === reason) return;
+    line.reason.dataset.said = reason;
+    line.reason.hidden = !reason;
+    line.reason.replaceChildren(`${reason.replace(/\.$/, "")}. `, copy(`${row.error || row.state}: ${reason}`));
   }
 
   server() {
-    const cell = h("span", { class: "bar" });
+    this.serverBar = h("span", { class: "bar" });
+    this.serverWords = h("span", { class: "state wide" });
+    const name = h("span", { class: "name" }, h("i", { class: "key", style: { "--c": colour("ink") } }), "orchestrator");
+    return h("div", { class: "row server" }, name, this.serverBar, this.serverWords);
+  }
+
+  sayServer() {
     const { round } = this;
-    this.bars.push({ cell, paint: (pen, w, domain) => serverBar(pen, w, round, domain), words: "orchestrator" });
+    if (round.closed === null) return;
     const parts = ["reducing", "refining", "assessing"].filter((part) => round.seconds[part]);
-    const words = parts.map((part) => `${part} ${seconds(round.seconds[part])}`).join(" · ");
-    return h(
-      "div",
-      { class: "row server" },
-      h("span", { class: "name" }, h("i", { class: "key", style: { "--c": colour("ink") } }), "orchestrator"),
-      cell,
-      h("span", { class: "state wide" }, words),
-    );
+    say(this.serverWords, parts.map((part) => `${part} ${seconds(round.seconds[part])}`).join(" · "));
   }
 
   axis() {
-    const cell = h("span", { class: "bar" });
-    this.bars.push({ cell, paint: (pen, w, domain) => scale(pen, w, domain), words: "" });
-    return h("div", { class: "row axis", "aria-hidden": "true" }, h("span", { class: "name" }), cell);
+    this.axisBar = h("span", { class: "bar" });
+    return h("div", { class: "row axis", "aria-hidden": "true" }, h("span", { class: "name" }), this.axisBar);
+  }
+
+  /** What is drawn, from top to bottom: its place, its words, and how. */
+  bars() {
+    const { round } = this;
+    const now = nowS();
+    const domain = domainOf(round, now);
+    const rows = [...this.lines.values()].map((line) => ({
+      cell: line.bar,
+      words: `${line.row.site}: ${line.row.state}`,
+      paint: (pen, width) => bar(pen, width, line.row, domain, siteColour(line.index), now),
+    }));
+    if (round.closed !== null)
+      rows.push({ cell: this.serverBar, words: "orchestrator", paint: (pen, width) => serverBar(pen, width, round, domain) });
+    return [...rows, { cell: this.axisBar, words: "", paint: (pen, width) => scale(pen, width, domain) }];
   }
 
   draw() {
     if (!this.round || !this.rows.clientWidth) return;
-    const now = nowS();
-    const domain = domainOf(this.round, now);
-    const width = this.bars[0]?.cell.clientWidth ?? 0;
-    for (const { cell, paint, words } of this.bars)
-      cell.replaceChildren(picture(width, BAR, words, (pen) => paint(pen, width, domain, now)));
+    const width = this.axisBar.clientWidth;
+    for (const { cell, paint, words } of this.bars())
+      cell.replaceChildren(picture(width, BAR, words, (pen) => paint(pen, width)));
     this.drawKey();
   }
 
@@ -129,20 +151,18 @@ export class WorkTable {
 
   /** What the files are made of. */
   drawing() {
-    const [width, left] = [900, 120];
-    const now = nowS();
+    const [width, left] = [900, 150];
+    const bars = this.bars();
     return {
       title: this.titleWords,
       width,
-      height: (this.bars.length + 1) * BAR,
+      height: (bars.length + 1) * BAR,
       table: () => this.table(),
-      draw: (pen) => {
-        const domain = domainOf(this.round, now);
-        this.bars.forEach(({ paint, words }, k) => {
+      draw: (pen) =>
+        bars.forEach(({ paint, words }, k) => {
           pen.text(10, k * BAR + 15, words, { fill: colour("ink") });
-          moved(pen, left, k * BAR, (there) => paint(there, width - left, domain, now));
-        });
-      },
+          moved(pen, left, k * BAR, (there) => paint(there, width - left));
+        }),
     };
   }
 

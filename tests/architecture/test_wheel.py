@@ -92,6 +92,16 @@ def test_package_data_is_shipped(shipped: frozenset[str], folder: str, pattern: 
     assert here <= shipped
 
 
+def test_the_examples_that_the_demo_runs_are_shipped(shipped: frozenset[str]) -> None:
+    """They lie in deploy/, and go into the wheel beside the code that reads them."""
+    done = subprocess.run(
+        ["git", "ls-files", "deploy/examples"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    here = {name.removeprefix("deploy/") for name in done.stdout.splitlines()}
+    assert here
+    assert {f"orchestrator/{name}" for name in here} <= shipped
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_say_that_they_are_typed(shipped: frozenset[str], package: str) -> None:
     assert f"{package}/py.typed" in shipped

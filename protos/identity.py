@@ -16,12 +16,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protos.digest import canonical
+from protos.digest import canonical, digest
 from protos.errors import InvalidInput, NotEnrolled
 
 Role = Literal["orchestrator", "site", "bootstrap"]
@@ -35,6 +35,8 @@ CLOCK_SKEW = timedelta(minutes=10)
 SIGNATURE_DOMAIN = b"farflung.v1 contribution\x00"
 TOKEN_PREFIX = "farflung-join-1."
 MAX_TOKEN_CHARS = 16_384
+CHECKSUM_BYTES = 6
+"""Against a slip of the hand, not against anybody: a token with another address is as good as this one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def load_key(pem: bytes) -> Key:
     """
     try:
         key = serialization.load_pem_private_key(pem, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InvalidInput(f"key: not a PEM private key ({type(error).__name__})") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
         raise InvalidInput("key: an ECDSA P-256 key is needed")
@@ -114,7 +116,7 @@ def load_certificate(pem: bytes) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise InvalidInput("certificate: not a PEM certificate") from None
 
 
@@ -138,9 +140,7 @@ def new_authority(federation: str, now: datetime | None = None) -> tuple[Key, x5
         .not_valid_after(start + AUTHORITY_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
     return key, certificate
@@ -163,12 +163,13 @@ def requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
         raise InvalidInput("signing request: larger than 16 KiB")
     try:
         request = x509.load_pem_x509_csr(pem)
-    except ValueError:
-        raise InvalidInput("signing request: not PEM") from None
-    key = request.public_key()
+        key = request.public_key()
+        proven = request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
+        raise InvalidInput("signing request: not a PEM request with a key that is known") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise InvalidInput("signing request: an ECDSA P-256 key is needed")
-    if not request.is_signature_valid:
+    if not proven:
         raise InvalidInput("signing request: its signature does not hold")
     return key
 
@@ -275,6 +276,10 @@ def _signed(header: bytes, plan_id: str, site: str) -> bytes:
     return SIGNATURE_DOMAIN + len(context).to_bytes(4, "big") + context + header
 
 
+def _checksum(data: bytes) -> bytes:
+    return bytes.fromhex(digest(data))[:CHECKSUM_BYTES]
+
+
 @dataclass(frozen=True)
 class JoinToken:
     """What an operator hands to a site, once.
@@ -294,24 +299,27 @@ class JoinToken:
     def encode(self) -> str:
         """One line of text."""
         fields = [self.address, *(p.decode() for p in (self.authority, self.certificate, self.key))]
-        return TOKEN_PREFIX + base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+        data = json.dumps(fields).encode()
+        return TOKEN_PREFIX + base64.urlsafe_b64encode(_checksum(data) + data).decode()
 
     @classmethod
     def decode(cls, text: str) -> JoinToken:
         """The token of a line of text.
 
         Raises:
-            InvalidInput: It is not a join token, or was cut.
+            InvalidInput: It is not a join token, or was cut or altered.
         """
         text = "".join(text.split())
         problem = "join token: not complete; copy the whole line that `farflung invite` printed"
         if not text.startswith(TOKEN_PREFIX) or len(text) > MAX_TOKEN_CHARS:
             raise InvalidInput(problem)
         try:
-            fields = json.loads(base64.urlsafe_b64decode(text.removeprefix(TOKEN_PREFIX)))
-            address, authority, certificate, key = fields
+            data = base64.b64decode(text.removeprefix(TOKEN_PREFIX), b"-_", validate=True)
+            if data[:CHECKSUM_BYTES] != _checksum(data[CHECKSUM_BYTES:]):
+                raise InvalidInput(problem)
+            address, authority, certificate, key = json.loads(data[CHECKSUM_BYTES:])
             token = cls(address, authority.encode(), certificate.encode(), key.encode())
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise InvalidInput(problem) from None
         load_certificate(token.authority)
         load_certificate(token.certificate)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 ROTATE_BYTES = 50 << 20
 
@@ -19,19 +19,15 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._file: TextIO | None = None
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. A full disk must not end the agent, so an error is only printed."""
         with self._lock:
             try:
-                if self._file is None:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    self._file = self._path.open("a", encoding="utf-8", buffering=1)
-                self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-                if self._file.tell() > ROTATE_BYTES:
-                    self._file.close()
-                    self._file = None
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                    full = file.tell() > ROTATE_BYTES
+                if full:
                     self._path.replace(self._path.with_name(self._path.name + ".1"))
             except OSError as error:
                 sys.stderr.write(f"farflung-site: {self._path.name}: {error}\n")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from orchestrator.ledger import tables
-from protos.errors import Conflict, DataCorrupt, OutOfSpace, Unavailable
+from protos.errors import ConfigInvalid, Conflict, DataCorrupt, OutOfSpace, Unavailable
 
 HEAD = "0001"
 """The newest migration. A ledger that has it is opened without loading alembic (0.3 s)."""
@@ -42,13 +42,21 @@ class Database:
             clock: Gives the seconds since the epoch.
 
         Raises:
+            ConfigInvalid: The driver of that kind of database is not installed.
             Conflict: A newer Farflung wrote it.
             DataCorrupt: It is damaged, or not a database.
             Unavailable: Another process holds it, or the database server can't be reached.
         """
         url = _url(where)
+        try:
+            engine = _engine(url)
+        except ModuleNotFoundError as error:
+            raise ConfigInvalid(
+                f"ledger: {url.drivername} needs the Python package {error.name}, which is not"
+                " installed. Install it, or use a file."
+            ) from error
         name = url.database or "" if url.drivername == "sqlite" else url.render_as_string()
-        ledger = cls(_engine(url), name, clock)
+        ledger = cls(engine, name, clock)
         try:
             ledger._migrate()
         except BaseException:

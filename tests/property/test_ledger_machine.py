@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -332,6 +333,7 @@ class SitesMachine(RuleBasedStateMachine):
             assert self.ledger.allowed(fingerprint) == self.allowed.get(fingerprint)
 
 
+pytestmark = pytest.mark.timeout(300)
 TestRounds = RoundsMachine.TestCase
 TestRounds.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestSites = SitesMachine.TestCase

@@ -30,6 +30,7 @@ from orchestrator.ledger import (
 from orchestrator.store import Store
 from protos.digest import digest
 from protos.errors import (
+    ConfigInvalid,
     Conflict,
     DataCorrupt,
     InvalidInput,
@@ -213,6 +214,12 @@ def test_a_ledger_that_another_process_holds_says_so(
 def test_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="can't be opened"):
         Ledger.open(tmp_path / "no" / "ledger.sqlite")
+
+
+def test_a_driver_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigInvalid, match="needs the Python package psycopg"):
+        Ledger.open("postgresql://somewhere/ledger")
 
 
 def test_many_threads_write(ledger: Ledger) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,9 +20,12 @@ from protos.plan import (
     TaskChoice,
     Work,
     first_problem,
+    problem_key,
 )
 
 DEFAULT_HOME = Path("~/.farflung")
+
+Count = Annotated[int, Field(ge=0)]
 
 Parsed = TypeVar("Parsed", bound="Section")
 
@@ -223,8 +226,8 @@ class RetentionSection(Section):
         contributions: Contributions of the last n rounds of a run, or "all".
     """
 
-    models: int | Literal["all"] = "all"
-    contributions: int | Literal["all"] = 1
+    models: Count | Literal["all"] = "all"
+    contributions: Count | Literal["all"] = 1
 
 
 class SitesSection(Section):
@@ -294,7 +297,9 @@ def parse_daemon(text: str, where: str = "farflung.toml") -> DaemonConfig:
 def _parse(model: type[Parsed], text: str, where: str) -> Parsed:
     try:
         return model.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigInvalid(f"{where}: not TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigInvalid(f"{where}: not TOML: {error}", file=where) from None
     except ValidationError as error:
-        raise ConfigInvalid(f"{where}: {first_problem(error)}", key=where) from None
+        raise ConfigInvalid(
+            f"{where}: {first_problem(error)}", key=problem_key(error), file=where
+        ) from None

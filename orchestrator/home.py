@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import socket
 from datetime import timedelta
@@ -130,6 +131,13 @@ class Home:
             bind = bind or f"0.0.0.0:{port}"
         bind = bind or "127.0.0.1:8470"
         split_address(bind)
+        text = TEMPLATE.format(
+            bind=bind,
+            address=address,
+            hosts="[" + ", ".join(f'"{n}"' for n in dict.fromkeys(names)) + "]",
+            dashboard=dashboard_port,
+        )
+        parse_daemon(text)  # before anything is made: a slip can then be put right
         for folder in (home.path, home.keys, home.run):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -139,13 +147,6 @@ class Home:
         write_durably(home.keys / "ca.key", key_pem(key), 0o600)
         write_durably(home.keys / "ca.pem", certificate_pem(certificate), 0o644)
         write_durably(home.keys / "federation", federation.encode(), 0o644)
-        text = TEMPLATE.format(
-            bind=bind,
-            address=address,
-            hosts="[" + ", ".join(f'"{n}"' for n in dict.fromkeys(names)) + "]",
-            dashboard=dashboard_port,
-        )
-        parse_daemon(text)
         write_durably(home.config_file, text.encode())
         return home
 
@@ -226,6 +227,6 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise InvalidInput(f'address: "{address}" is not host:port')
     return host, int(port)

@@ -7,14 +7,18 @@ abandoned attempt counts in the next one without training again.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -25,6 +29,21 @@ MAX_PLAN_BYTES = 4 << 20
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _finite(value: Any) -> Any:
+    """The value, if no number in it is NaN or infinite: such a one has no canonical form."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} has no meaning here; numbers must be finite")
+    for inner in value.values() if isinstance(value, dict) else ():
+        _finite(inner)
+    for inner in value if isinstance(value, list | tuple) else ():
+        _finite(inner)
+    return value
+
+
+Parameters = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Free parameters: whatever JSON has a form for."""
 
 
 class Frozen(BaseModel):
@@ -113,15 +132,22 @@ class TaskChoice(Frozen):
     """Which task, and its parameters of the run; the code is the site's own."""
 
     name: Name
-    params: dict[str, Any] = {}
+    params: Parameters = {}
 
 
 class StrategyChoice(Frozen):
     """One strategy of the stack: its name, its hyperparameters, and the rounds it is active in."""
 
     name: Name
-    params: dict[str, Any] = {}
+    params: Parameters = {}
     rounds: tuple[int, int | None] | None = None
+
+    @field_validator("rounds")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
+        if value is not None and not 0 <= value[0] < (math.inf if value[1] is None else value[1]):
+            raise ValueError("rounds = [a, b) needs 0 <= a < b")
+        return value
 
 
 class Plan(Frozen):
@@ -167,7 +193,7 @@ class Plan(Frozen):
     groups: tuple[str, ...] | None = None
     task: TaskChoice
     stack: tuple[StrategyChoice, ...] = ()
-    payload: dict[str, Any] = {}
+    payload: Parameters = {}
     work: Work
     schedule: Schedule
     optimizer: OptimizerChoice = OptimizerChoice()
@@ -176,7 +202,7 @@ class Plan(Frozen):
     gradient_clip: float | None = Field(None, gt=0)
     last_counted: Digest | Literal[""] = ""
     deadline_s: float = Field(3600.0, gt=0)
-    calibration: dict[str, Any] = {}
+    calibration: Parameters = {}
 
     @property
     def id(self) -> str:
@@ -200,19 +226,27 @@ class Plan(Frozen):
             raise ManifestInvalid(f"plan of {len(data)} bytes exceeds {MAX_PLAN_BYTES}")
         try:
             plan = cls.model_validate_json(data)
-            encoded = plan.encode()
         except ValidationError as error:
             raise ManifestInvalid(f"plan: {first_problem(error)}") from None
-        except ValueError:  # free parameters may hold NaN, which has no canonical form
-            raise ManifestInvalid("plan: a number is NaN or infinite") from None
-        if encoded != data:
+        if plan.encode() != data:
             raise ManifestInvalid("plan: not in canonical form")
         return plan
 
 
+_TAG = re.compile(r"int|.*\[.*", re.DOTALL)
+"""Parts of a place that are pydantic's, for the alternatives of a union, and no keys."""
+
+
+def problem_key(error: ValidationError) -> str:
+    """The path of the key of a validation's first problem; empty for the document itself."""
+    place = error.errors(include_url=False, include_input=False, include_context=False)[0]["loc"]
+    return ".".join(str(part) for part in place if not _TAG.fullmatch(str(part)))
+
+
 def first_problem(error: ValidationError) -> str:
     """The first problem of a validation: the key's path, and what is wrong with it."""
-    problem = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    what = problem["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
-    return f"{where}: {problem['msg']}" + (f" (and {more} more)" if more else "")
+    where = problem_key(error) or "(top)"
+    return f"{where}: {what}" + (f" (and {more} more)" if more else "")

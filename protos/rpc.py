@@ -50,11 +50,16 @@ def to_status(error: FarflungError, public: bool = False) -> Status:
     """
     entry = row(error)
     details = entry.public if public else _shortened(error.message)
-    trailing: list[tuple[str, str | bytes]] = [(ERROR_KEY, type(error).__name__)]
+    trailing: list[tuple[str, str | bytes]] = [(ERROR_KEY, _listed(error).__name__)]
     facts = b"" if public else json.dumps(error.facts).encode()
     if error.facts and facts and len(facts) <= MAX_FACTS_BYTES:
         trailing.append((FACTS_KEY, facts))
     return Status(grpc.StatusCode[entry.status], details, tuple(trailing))
+
+
+def _listed(error: FarflungError) -> type[FarflungError]:
+    """Its class, or the nearest base that the other end has in its table too."""
+    return next(cls for cls in type(error).__mro__ if cls in ERRORS)
 
 
 def from_rpc_error(error: grpc.RpcError) -> FarflungError:

@@ -1,0 +1,1 @@
+"""Whole-system measurements: every published number comes from here."""

@@ -40,6 +40,7 @@ BRISK: dict[str, dict[str, Any]] = {
     "feddf": {"steps": 6, "batch_size": 8},
     "fedavgm": {"momentum": 0.5},
     "self_distillation": {"start": 1, "ramp": 1},
+    "temperature": {"points": 16},
     "trimmed_mean": {"trim": 0.4},
 }
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -62,6 +62,7 @@ def test_bins_are_closed_above() -> None:
     )
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_pooled_scores_are_those_of_the_union(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 60))

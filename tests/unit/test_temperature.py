@@ -47,7 +47,7 @@ def fitted(strategy: Temperature, parts: list[dict[str, Tensor]]) -> float:
     return float(calibration.parameters["temperature"])
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32),
     n=st.integers(60, 300),

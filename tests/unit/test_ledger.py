@@ -580,6 +580,7 @@ def test_a_late_contribution_is_recorded_without_its_payload(ledger: Ledger) -> 
     ledger.abandon_round("r1", 1, 1, "x")
     begin(ledger, 2)
     assert ledger.accept(late).verdict == "late", "an answer is final"
+    assert ledger.carry_over("r1", 1, 2) == [contribution(south)], "late is late for ever"
 
 
 def test_contributions_without_a_plan(ledger: Ledger) -> None:

@@ -133,17 +133,15 @@ class Daemon:
         self._serve_sites()
         self._serve_operators()
         self._serve_page()
+        self._closing.callback(lambda: self.sessions.drain("the orchestrator is stopping"))
         self.runner.start()
+        self._closing.callback(self.runner.end)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self.note("info", "", None, "", f"the daemon started, sites dial {self.address}")
 
     def stop(self) -> None:
-        """Stop everything; what is open goes on with the next start."""
-        if self._ended.is_set():
-            return
+        """Stop everything that was started; what is open goes on with the next start."""
         self._ended.set()
-        self.runner.end()
-        self.sessions.drain("the orchestrator is stopping")
         self._closing.close()
 
     # -- servers ----------------------------------------------------------------------------------

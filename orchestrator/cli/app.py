@@ -12,7 +12,7 @@ import typer
 
 from orchestrator.cli import catalogue, daemon, measure, runs, show, sites, upkeep
 from orchestrator.cli.output import complain
-from protos.errors import FarflungError, row
+from protos.errors import ERRORS, FarflungError, row
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -107,10 +107,16 @@ def code_of(words: list[str]) -> int:
         return 0
     except typer.Exit as ended:
         return ended.exit_code
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # the last boundary before the shell
         usage = getattr(error, "format_message", None)
         if usage is None:
-            raise
+            import traceback
+
+            traceback.print_exc()
+            complain(
+                f"an internal error, {type(error).__name__}; see above", as_json, error="Internal"
+            )
+            return ERRORS[FarflungError].exit_code
         if usage():  # empty where the help was printed instead
             complain(f"{usage()} See `farflung --help`.", as_json, error="Usage")
         return int(getattr(error, "exit_code", 2))

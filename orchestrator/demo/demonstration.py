@@ -109,7 +109,7 @@ class Demonstration:
         ]
         yield mean("isolated site, mean of 3", alone)
         # It starts only now, so that it takes nothing from the others.
-        self._federation.add_site(plan.ALL_DATA, self._workload.site(0, 1, threads=2))
+        self._federation.add_site(plan.ALL_DATA, self._workload.site(0, 1, threads=1))
         yield self._arm(
             "centralised, all data at one site", plan.centralised(run_file, each), epochs
         )

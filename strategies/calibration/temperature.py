@@ -30,6 +30,16 @@ class Temperature(Strategy):
 
     Dividing logits by a positive number keeps their order: accuracy does not change.
 
+    Where every validation sample is classified rightly, likelihood alone would sharpen without end.
+    So ``prior`` samples are added that look like the average sample and whose class is anybody's
+    guess (uniform over the classes); their NLL follows from one more sum, that of the margins
+    m = z_y - mean_c z_c::
+
+        NLL'(t) = (1 + prior / n) NLL(t) + prior (sum m / n) / T
+
+    Platt smooths the targets of his sigmoid for the same reason (1999, section 2.2); the uniform
+    pseudo-sample is ours. With hundreds of validation errors it does not show.
+
     Degenerate case: a range of one temperature, ``lowest = highest = 1``, leaves outputs as they
     are. If the minimum lies outside of the range, the nearer end is taken.
 
@@ -38,6 +48,7 @@ class Temperature(Strategy):
     Attributes:
         lowest: Smallest temperature, > 0.
         highest: Largest temperature.
+        prior: Pseudo-samples, >= 0; 0 is plain maximum likelihood.
         points: Grid points, 16 to 340; a site sends three doubles for each, at most 8 KB.
             Measured against a central fit, worst of 40 sets of logits: relative error 6e-7 with
             32 points, 2e-8 with 64, 5e-10 with 128, 1e-11 with 256.
@@ -55,6 +66,7 @@ class Temperature(Strategy):
 
     lowest: float = Field(0.05, gt=0, le=1)
     highest: float = Field(20.0, ge=1)
+    prior: float = Field(1.0, ge=0)
     points: int = Field(128, ge=16, le=340)
 
     def grid(self) -> Tensor:
@@ -63,7 +75,7 @@ class Temperature(Strategy):
         return torch.linspace(low, high, self.points, dtype=torch.float64)
 
     def evaluate(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """NLL and its derivatives in t: ``grid`` (3, points), and the number of samples ``n``."""
+        """NLL and its derivatives in t: ``grid`` (3, points); samples ``n``; sum of ``margin``."""
         logits, truth = scores.flatten(outputs, targets)
         z = logits.to("cpu", torch.float64)
         own = z.gather(1, truth.to("cpu")[:, None]).squeeze(1)
@@ -79,17 +91,29 @@ class Temperature(Strategy):
             rows[0, k] = (log_norm.squeeze(1) - beta * own).sum()
             rows[1, k] = -slope
             rows[2, k] = slope + beta**2 * variance.sum()
-        return {"grid": rows, "n": torch.tensor(float(len(truth)), dtype=torch.float64)}
+        margin = (own - z.mean(dim=1)).sum()
+        return {
+            "grid": rows,
+            "n": torch.tensor(float(len(truth)), dtype=torch.float64),
+            "margin": margin,
+        }
 
     def calibrate(self, sums: Tensors) -> Calibration | None:
         """The temperature of pooled sums; None without samples."""
         n = float(sums["n"]) if "n" in sums else 0.0
         if n <= 0:
             return None
-        t, nll = minimum(self.grid(), sums["grid"])
+        t, _ = minimum(self.grid(), self._with_prior(sums, n))
+        _, nll = slope_and_value(self.grid(), sums["grid"], t)
         _, before = slope_and_value(self.grid(), sums["grid"], 0.0)
         report = {"temperature": math.exp(t), "nll_before": before / n, "nll_after": nll / n}
         return Calibration({"temperature": math.exp(t)}, report)
+
+    def _with_prior(self, sums: Tensors, n: float) -> Tensor:
+        margin = max(0.0, float(sums["margin"]) / n) if "margin" in sums else 0.0
+        beta = torch.exp(-self.grid())
+        pseudo = self.prior * margin * torch.stack([beta, -beta, beta])
+        return (1 + self.prior / n) * sums["grid"] + pseudo
 
     def transform(self, outputs: Tensor, parameters: Memo) -> Tensor:
         """Logits divided by the temperature, in float64: rounding can't make two of them equal."""

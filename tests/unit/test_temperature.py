@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from strategies import scores
 from strategies.calibration.temperature import Temperature, minimum, slope_and_value
 
-STRATEGY = Temperature()
+STRATEGY = Temperature(prior=0)
+"""Plain maximum likelihood: what a central fit does without a word about it."""
 
 
 def problem(seed: int, n: int, classes: int, scale: float, truth: float) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,39 @@ def test_a_minimum_outside_of_the_range_takes_the_nearer_end(sign: int, end: flo
     """Always right: the smaller T the better. Always wrong: the larger."""
     logits = sign * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     assert fitted(STRATEGY, [STRATEGY.evaluate(logits, torch.tensor([0, 1]))]) == pytest.approx(end)
+
+
+def test_without_an_error_the_prior_keeps_confidence_finite() -> None:
+    """Every sample right: likelihood alone sharpens to the end of the range."""
+    logits = 3 * torch.eye(4).repeat(30, 1) + 0.1 * torch.randn(
+        120, 4, generator=torch.Generator().manual_seed(3)
+    )
+    targets = torch.arange(4).repeat(30)
+    assert fitted(STRATEGY, [STRATEGY.evaluate(logits, targets)]) == pytest.approx(0.05)
+    kept = fitted(Temperature(), [Temperature().evaluate(logits, targets)])
+    assert 0.3 < kept < 1.5
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32), sites=st.integers(1, 4))
+def test_the_prior_is_one_more_sample_of_any_class(seed: int, sites: int) -> None:
+    logits, targets = problem(seed, 80, 3, 4.0, 2.0)
+    where = torch.randint(0, sites, (80,), generator=torch.Generator().manual_seed(seed))
+    strategy = Temperature(prior=2.0)
+    parts = [strategy.evaluate(logits[where == k], targets[where == k]) for k in range(sites)]
+    found = fitted(strategy, parts)
+
+    def objective(t: float) -> float:
+        z = logits.double() / t
+        nll = float(F.cross_entropy(z, targets, reduction="sum"))
+        uniform = float(-z.log_softmax(dim=1).mean(dim=1).sum()) / 80
+        return nll + 2.0 * uniform
+
+    margin = float(
+        (logits.double().gather(1, targets[:, None])[:, 0] - logits.double().mean(1)).mean()
+    )
+    if margin > 0 and 0.06 < found < 19:
+        assert objective(found) <= min(objective(found * 1.001), objective(found / 1.001))
 
 
 def test_small_on_the_wire_and_empty_without_samples() -> None:

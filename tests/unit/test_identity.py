@@ -196,7 +196,7 @@ def test_damaged_request_is_refused_by_name(at: int, flip: int) -> None:
         requested_key(pem("CERTIFICATE REQUEST", bytes(data)))
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", AUTHORITY.pem[:99]])
+@pytest.mark.parametrize("data", [b"", b"junk", AUTHORITY.pem[:99]], ids=["nothing", "junk", "cut"])
 def test_what_is_no_certificate_or_key_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidInput):
         load_certificate(data)

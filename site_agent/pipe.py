@@ -129,7 +129,7 @@ class Cancelled(Line):
 
 
 class Failed(Line):
-    """The job can't be done.
+    """The job can't be done; job 0 is the trainer's start.
 
     Attributes:
         error: Class name in protos/errors.py.

@@ -101,6 +101,11 @@ class Fetcher:
         """Where a fetched file lies."""
         return self._cache / f"{digest}.data"
 
+    def keep(self, digest: str) -> None:
+        """Something fetched earlier is still in use."""
+        if digest and self.path(digest).exists():
+            self.path(digest).touch()
+
     def _obtain(self, want: Want) -> Path | None:
         path = self.path(want.digest)
         self._use(want.digest)
@@ -154,6 +159,8 @@ class Fetcher:
             if not file.complete:
                 return False
             file.finish()
+        except ValueError:  # another thread closed the channel between two lines
+            return False
         except grpc.RpcError as error:
             problem = from_rpc_error(error)
             self.reconnect()

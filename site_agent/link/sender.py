@@ -146,7 +146,7 @@ class Sender:
         try:
             stub = site_pb2_grpc.BulkStub(self._open())
             status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
-        except grpc.RpcError:
+        except (grpc.RpcError, ValueError):
             self.reconnect()
             self._ears.closed(plan_id)
             return
@@ -177,6 +177,8 @@ class Sender:
                 return
             missing = [(r.first, r.end) for r in status.missing] if status.known else None
             answer = stub.Contribute(_watched(self._messages(entry, missing), broken))
+        except ValueError:
+            raise Unavailable("another thread closed the connection") from None
         except grpc.RpcError as error:
             # What fails in the messages' iterator, gRPC only reports as a call that broke.
             raise (broken[0] if broken else from_rpc_error(error)) from None

@@ -60,6 +60,12 @@ class TrainerProcess:
         config: [site] and [trainer].
         hear: Called with this object and each line, from a thread of its own.
 
+    Attributes:
+        device: Where it trains, once it said so.
+        problem: Why it could not begin, if it said so.
+        packages: Versions that decide the bits, once it said so.
+        digests: Of the source of each task that it has loaded.
+
     Raises:
         OSError: The command can't be started.
     """
@@ -74,7 +80,7 @@ class TrainerProcess:
         self._hear, self._log_path = hear, home.trainer_log
         self._kills = oom_kills()
         self._ending = False
-        self.device = ""
+        self.device = self.problem = ""
         self.packages: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         with _open_log(home.trainer_log) as log:
@@ -154,6 +160,9 @@ class TrainerProcess:
                     continue  # a wrapper that prints
                 if isinstance(event, pipe.Started):
                     self.device, self.packages = event.device, event.packages
+                if isinstance(event, pipe.Failed) and not event.job:
+                    self.problem = event.message
+                    continue
                 self._hear(self, event)
         code = self._process.wait()
         why = cause(code, self._last_words(), self._kills, oom_kills())

@@ -173,6 +173,7 @@ class Worker:
             )
         )
         self._move(job, site_pb2.Progress.PREPARING)
+        self._fetcher.keep(plan.frozen)
         if plan.base:
             self._fetch(job, plan.base)
 
@@ -335,10 +336,9 @@ class Worker:
         if job.assignment.cancelled:
             self._end(job)
             return
-        text = (
-            f"the trainer {line.cause} while {job.phase}; the site's log/trainer.log has its "
-            "last words"
-        )
+        text = f"the trainer {line.cause} while {job.phase}; log/trainer.log has its last words"
+        if trainer.problem:
+            text = f"the trainer can't begin: {trainer.problem}"
         self._fail(TaskFailed(text))
 
     # -- ends ------------------------------------------------------------------------------------

@@ -37,14 +37,20 @@ def main() -> None:
         # Counts what is allocated, not what is mapped: libraries are large and cost nothing.
         resource.setrlimit(resource.RLIMIT_DATA, (chosen.memory_bytes, chosen.memory_bytes))
 
+    from protos.errors import FarflungError, row
     from site_agent.trainer.device import Device
+    from site_agent.trainer.failures import describe
     from site_agent.trainer.server import Server
 
     if chosen.threads:
         import torch
 
         torch.set_num_threads(chosen.threads)
-    device = Device.choose(chosen.device, chosen.precision)
+    try:
+        device = Device.choose(chosen.device, chosen.precision)
+    except FarflungError as error:
+        os.write(events, describe(0, error).encode())
+        raise SystemExit(row(error).exit_code) from error
     Server(orders, events, chosen.site, device, chosen.loader_workers).run()
 
 

@@ -53,7 +53,9 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
             outputs = work.task.forward(work.model, inputs)
         outputs = widened(outputs)
         if plan.kind == "reassess":
-            outputs = _calibrated(work, plan, outputs)
+            if is_classification(work.task) and outputs.dim() > 2:
+                outputs, targets = flatten(outputs, targets)
+            outputs = work.stack.transform(outputs, plan.calibration)
         part = sums_of(work.task, outputs, targets)
         if split == "val" and plan.kind == "assess":
             part |= _of_strategies(work, outputs, targets)
@@ -73,17 +75,7 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
 
 
 def _of_strategies(work: Workload, outputs: Any, targets: Any) -> Sums:
-    out: Sums = {}
     if is_classification(work.task):
         outputs, targets = flatten(outputs, targets)
-    for strategy in work.stack.having("evaluate"):
-        for name, value in strategy.evaluate(outputs, targets).items():
-            out[f"{strategy.name}/{name}"] = value.detach().to("cpu")
-    return out
-
-
-def _calibrated(work: Workload, plan: Plan, outputs: Any) -> Any:
-    for strategy in work.stack.having("transform"):
-        if strategy.name in plan.calibration:
-            outputs = strategy.transform(outputs, plan.calibration[strategy.name])
-    return outputs
+    sums = work.stack.evaluate(outputs, targets)
+    return {name: value.detach().to("cpu") for name, value in sums.items()}

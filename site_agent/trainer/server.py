@@ -67,6 +67,7 @@ class Server:
                 else:
                     self._perform(order)
             except JobCancelled:
+                self._cancelled.pop(order.job, None)
                 self._tell(Cancelled(job=order.job))
             except BaseException as error:  # noqa: BLE001  # a task may raise anything, also SystemExit
                 traceback.print_exc(file=sys.stderr)

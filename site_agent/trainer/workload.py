@@ -81,6 +81,9 @@ class Workload:
         self.shared = self.manifest.of("shared")
         self.own = self.manifest.of("site")
         self.frozen = self.manifest.of("frozen")
+        for name, parameter in self.model.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
         self._initial = self._snapshot()
         self._frozen_digest: str | None = None
 
@@ -115,7 +118,10 @@ class Workload:
 
     def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         stored = self.state()
-        kept = {t.name: stored[t.name].clone() for t in self.manifest.of("site", "orchestrator")}
+        mine = [t.name for t in self.manifest.of("site", "orchestrator")]
+        # Training changes buffers in every forward pass, frozen ones too.
+        mine += [t.name for t in self.frozen if t.kind != "parameter"]
+        kept = {name: stored[name].clone() for name in mine}
         volatile = {n: b.clone() for n, b in self.model.named_buffers() if n not in stored}
         return kept, volatile
 
@@ -187,6 +193,7 @@ class Workload:
         """Whether the frozen part is the one of that digest (always, if none is wanted)."""
         if not wanted:
             return True
+        self.reset()
         if self._frozen_digest is None:
             self._frozen_digest = self.frozen_index().digest
         return self._frozen_digest == wanted
@@ -204,6 +211,7 @@ class Workload:
                 f"site {self.site}: the fetched frozen part is not of this model", site=self.site
             )
         self.load(map_file(path, manifest))
+        self._initial = self._snapshot()
         self._frozen_digest = None
         if not self.has_frozen(wanted):
             raise DataCorrupt(f"site {self.site}: the frozen part differs after it was loaded")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from protos.identity import load_certificate, verify_header
+from protos.identity import fingerprint, load_certificate, verify_header
 from protos.manifest import Manifest
 from protos.plan import Plan, Work
 from protos.tensors import map_file
@@ -354,6 +354,38 @@ def test_renewal_keeps_the_key(site: Site) -> None:
     site.orchestrator.until(lambda: len(site.orchestrator.streams) > streams, "a new stream")
     assert (site.home / "keys/cert.pem").read_bytes() != before
     assert (site.home / "keys/key.pem").read_bytes() == key
+
+
+def test_a_revoked_site_says_so_and_comes_back_when_it_is_let_in(site: Site) -> None:
+    mine = fingerprint(load_certificate((site.home / "keys/cert.pem").read_bytes()))
+    streams = len(site.orchestrator.streams)
+    site.orchestrator.revoked.add(mine)
+    site.orchestrator.streams[-1].put(None)
+    site.orchestrator.until(lambda: site.orchestrator.turned_away, "a call that is refused")
+    site.orchestrator.revoked.clear()
+    site.orchestrator.until(lambda: len(site.orchestrator.streams) > streams, "a new stream")
+    told = [e for e in site.agent.events() if e["event"] == "not attached"]
+    assert any("revoked" in e["reason"] and e["error"] == "NotEnrolled" for e in told)
+
+
+def test_leaving_a_run_removes_what_is_kept_of_it(site: Site) -> None:
+    plan = site.plan()
+    site.orchestrator.offer(plan)
+    header = site.orchestrator.contribution(plan)[0]
+    kept = site.home / "contributions" / header.digest
+    assert (kept / "state").is_dir()
+    assert ask(site.home, "leave", plan.run)["removed"] == 1
+    assert not kept.exists()
+    site.orchestrator.until(
+        lambda: any(m.leave.run == plan.run for m in site.orchestrator.said), "leave"
+    )
+
+
+def test_task_test_trains_a_step(site: Site) -> None:
+    found = ask(site.home, "task", "test", "Clouds", "--params", '{"hidden": 3}')
+    assert (found["examples"], found["val"], found["test"]) == (40, 30, 25)
+    assert found["parameters"] == 4 * 3 + 3 + 2 * 3 + 3 * 2 + 2
+    assert len(found["digest"]) == 64
 
 
 def test_doctor_finds_nothing(site: Site) -> None:

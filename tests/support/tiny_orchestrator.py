@@ -41,6 +41,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.streams: list[queue.SimpleQueue[site_pb2.ToSite | None]] = []
         self.used: set[str] = set()
         self.revoked: set[str] = set()
+        self.turned_away = 0
         self.fetches: list[list[int]] = []
         self.uploads: list[list[int]] = []
         self.contributions: dict[str, tuple[Header, bytes, Index, Path]] = {}
@@ -162,6 +163,9 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         pem = bytes(context.auth_context()["x509_pem_cert"][0])
         certificate = identity.load_certificate(pem)
         if identity.fingerprint(certificate) in self.revoked:
+            with self.changed:
+                self.turned_away += 1
+                self.changed.notify_all()
             raise NotEnrolled("its certificate was revoked")
         return identity.identity_of(certificate)
 

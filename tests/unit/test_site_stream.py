@@ -1,0 +1,75 @@
+"""What is said on the control stream, and in which order."""
+
+import threading
+
+from protos.v1 import site_pb2
+from site_agent.link.stream import Outgoing, Said
+from site_agent.link.wire import backoff, channel_options, host_of, is_loopback
+
+
+def progress(plan: str, state: int, done: float = 0.0) -> site_pb2.Progress:
+    return site_pb2.Progress(plan_id=plan, state=state, done=done)  # type: ignore[arg-type]
+
+
+def outgoing(paused: bool = False) -> Outgoing:
+    stream = Outgoing(site_pb2.Hello(protocol=1), lambda: paused)
+    assert next(stream).WhichOneof("kind") == "hello"
+    return stream
+
+
+def test_messages_come_in_order_and_before_progress() -> None:
+    stream = outgoing()
+    stream.progress(progress("p", 3))
+    stream.say(Said(outcome=site_pb2.Outcome(plan_id="a")))
+    stream.say(Said(outcome=site_pb2.Outcome(plan_id="b")))
+    assert [next(stream).outcome.plan_id for _ in range(2)] == ["a", "b"]
+    assert next(stream).progress.plan_id == "p"
+
+
+def test_only_the_newest_progress_of_a_plan_is_said() -> None:
+    stream = outgoing()
+    for done in range(5):
+        stream.progress(progress("p", 3, done))
+    stream.progress(progress("q", 3, 9))
+    said = [next(stream).progress for _ in range(2)]
+    assert [(p.plan_id, p.done) for p in said] == [("p", 4), ("q", 9)]
+
+
+def test_a_new_state_is_said_at_once_and_the_same_one_is_not() -> None:
+    stream = outgoing(paused=True)
+    stream.progress(progress("p", 3, 1))
+    assert next(stream).progress.done == 1
+    stream.progress(progress("p", 3, 2))
+    stream.progress(progress("q", 4))
+    assert next(stream).progress.plan_id == "q"
+    stream.progress(progress("p", 5, 3))
+    assert next(stream).progress.done == 3
+    stream.beat(0.01)
+    assert next(stream).heartbeat.paused
+
+
+def test_it_ends_when_it_is_closed() -> None:
+    stream = outgoing()
+    said: list[Said] = []
+    reader = threading.Thread(target=lambda: said.extend(stream))
+    reader.start()
+    stream.close()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert said == []
+
+
+def test_waits_double_up_to_a_bound_and_are_drawn() -> None:
+    waits = backoff(0.2, 15.0)
+    found = [next(waits) for _ in range(12)]
+    for wait, bound in zip(found, [0.2 * 2**k for k in range(12)], strict=True):
+        assert min(bound, 15) / 2 <= wait <= min(bound, 15)
+
+
+def test_addresses() -> None:
+    assert host_of("[::1]:80") == "::1"
+    assert is_loopback("localhost:1")
+    assert not is_loopback("orchestrator.example:1")
+    named = dict(channel_options("tunnel.example:1", "localhost"))
+    assert named["grpc.ssl_target_name_override"] == "localhost"
+    assert "grpc.enable_http_proxy" not in named

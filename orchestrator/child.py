@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -114,7 +115,10 @@ class Child:
             ComputeFailed: It ended without one, or printed none in time; with the log's end.
         """
         in_time = self._told.wait(timeout_s)
-        if self._line is None and self._ended.is_set():
+        if self._line is None and in_time:
+            self._ended.wait(
+                1
+            )  # its output ended, or it did: mostly both, one just before the other
             self._reader.join(1)
         if self._line is None:
             why = self.described() if in_time else f"{self.name} said nothing for {timeout_s:g} s"
@@ -212,6 +216,21 @@ def marked(variable: str, value: str) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue  # gone, another user's, or a kernel thread
     return found
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C and its kin off while processes are ended; only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def program(command: str, module: str) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from orchestrator import views
-from orchestrator.child import Child, end_at_once, marked, program, wait_gone
+from orchestrator.child import Child, end_at_once, marked, program, undisturbed, wait_gone
 from orchestrator.client import EventStream, OperatorClient
 from orchestrator.home import Home
 from orchestrator.port import free_port
@@ -128,6 +128,10 @@ class Federation:
 
     def close(self) -> None:
         """End every process that this federation started, gently and then not."""
+        with undisturbed():
+            self._close()
+
+    def _close(self) -> None:
         self._remember()
         for child in self._children.values():
             child.terminate()
@@ -314,13 +318,10 @@ class Federation:
         """
         found: list[views.Event] = []
 
-        def done() -> bool:
-            return bool(found)
-
         def look(event: views.Event) -> bool:
             if happened(event):
                 found.append(event)
-            return done()
+            return bool(found)
 
         self._follow(look, "the event", timeout_s, {DAEMON: self.daemon}, run, after)
         return found[0]

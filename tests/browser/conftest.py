@@ -16,8 +16,10 @@ PHONE = {"width": 360, "height": 780}
 Look = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    # Not for the session: while it is open, its event loop runs in this thread, and no test that
+    # starts one of its own would work.
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no Chromium at {CHROMIUM}: install it (Debian: chromium)")
     with chromium() as found:

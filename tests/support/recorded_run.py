@@ -7,8 +7,8 @@ attempt, and the ensemble distillation of round 7 ran out of time.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import random
 from collections.abc import Sequence
 from functools import cache
 
@@ -39,7 +39,7 @@ TIMED_OUT = "ran longer than its 30 s; raise `seconds` of feddf, or its proxy da
 
 def digest(*parts: object) -> str:
     """Looks like a digest, and is the same for the same parts."""
-    return f"{random.Random(repr(parts)).getrandbits(256):064x}"
+    return hashlib.blake2b(repr(parts).encode(), digest_size=32).hexdigest()
 
 
 class Recording:
@@ -77,7 +77,8 @@ class Recording:
 
     def noise(self, *parts: object) -> float:
         """In [-1, 1], by name."""
-        return random.Random(repr((self.seed, *parts))).uniform(-1, 1)
+        drawn = hashlib.blake2b(repr((self.seed, *parts)).encode(), digest_size=4).digest()
+        return int.from_bytes(drawn, "big") / 2**31 - 1
 
     def change(self, n: int) -> float:
         """||delta|| / ||base|| of a round."""

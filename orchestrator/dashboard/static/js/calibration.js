@@ -8,14 +8,16 @@ import { eceSpec, one, small } from "./multiples.js";
 import { files, Panel } from "./panel.js";
 import { moved, picture } from "./pen.js";
 import { diagram, diagramHeight } from "./reliability.js";
-import { axis, decided, Memory, scoreNames, shownOf } from "./series.js";
+import { axis, decided, Memory, shownOf } from "./series.js";
 import { nothing } from "./empty.js";
 
 /** Every number inside a fitted map, by its path. */
 function flat(value, path = "") {
   if (typeof value === "number") return [[path, value]];
   if (value === null || typeof value !== "object") return [];
-  return Object.entries(value).flatMap(([key, inner]) => flat(inner, path ? `${path} ${key}` : key));
+  return Object.entries(value).flatMap(([key, inner]) =>
+    flat(inner, path ? `${path} ${key}` : key),
+  );
 }
 
 const words = (path) => [...new Set(path.replaceAll("_", " ").split(" "))].join(" ");
@@ -25,17 +27,44 @@ export class Calibration {
     this.group = new Group();
     this.memory = new Memory();
     this.round = null;
-    this.slider = h("input", { type: "range", step: 1, "aria-label": "Round", oninput: () => go({ round: this.rounds[this.slider.value].round }) });
+    this.slider = h("input", {
+      type: "range",
+      step: 1,
+      "aria-label": "Round",
+      oninput: () => go({ round: this.rounds[this.slider.value].round }),
+    });
     this.title = h("h2", { class: "big" });
     this.pictures = h("div", { class: "diagrams" });
     this.figure = h("figure", { class: "panel", "data-chart": "reliability" });
     this.fitted = h("p", { class: "soft" });
-    this.ece = new Panel(this.group, { id: "calibration-ece", title: "ECE, calibration error", height: small });
-    this.maps = new Panel(this.group, { id: "calibration-map", title: "Fitted map", height: small });
+    this.ece = new Panel(this.group, {
+      id: "calibration-ece",
+      title: "ECE, calibration error",
+      height: small,
+    });
+    this.maps = new Panel(this.group, {
+      id: "calibration-map",
+      title: "Fitted map",
+      height: small,
+    });
     const saves = files("reliability", "Reliability", () => this.drawing(), this.figure);
-    this.figure.append(h("figcaption", { class: "caption" }, this.title, saves), this.slider, this.fitted, this.pictures);
-    this.body = h("div", { class: "calibration" }, this.figure, h("div", { class: "multiples" }, this.ece.node, this.maps.node));
-    this.empty = nothing("Here the model’s confidence will be held against how often it is right, before and after calibration, round by round. Add a calibration strategy to the run file, ", h("code", {}, "[[strategy]] name = \"temperature\""), ", or wait for the first round that is assessed.");
+    this.figure.append(
+      h("figcaption", { class: "caption" }, this.title, saves),
+      this.slider,
+      this.fitted,
+      this.pictures,
+    );
+    this.body = h(
+      "div",
+      { class: "calibration" },
+      this.figure,
+      h("div", { class: "multiples" }, this.ece.node, this.maps.node),
+    );
+    this.empty = nothing(
+      "Here the model’s confidence will be held against how often it is right, before and after calibration, round by round. Add a calibration strategy to the run file, ",
+      h("code", {}, '[[strategy]] name = "temperature"'),
+      ", or wait for the first round that is assessed.",
+    );
     root.append(this.body, this.empty);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.pictures);
@@ -60,14 +89,19 @@ export class Calibration {
     const x = axis(read().x, run, done);
     this.group.domain = x.domain;
     const choose = (round) => go({ round });
-    this.ece.update({ ...eceSpec({ rounds: done, x, names: scoreNames(done) }), choose });
-    const paths = [...new Set(done.flatMap((round) => flat(round.calibration).map(([path]) => path)))];
+    this.ece.update({ ...eceSpec({ rounds: done, x }), choose });
+    const paths = [
+      ...new Set(done.flatMap((round) => flat(round.calibration).map(([path]) => path))),
+    ];
     const lines = paths.map((path) => {
-      const values = done.map((round) => flat(round.calibration).find(([p]) => p === path)?.[1] ?? null);
+      const values = done.map(
+        (round) => flat(round.calibration).find(([p]) => p === path)?.[1] ?? null,
+      );
       return one(words(path), values, { width: 1.5 });
     });
     this.maps.node.hidden = !lines.length;
-    if (lines.length) this.maps.update({ x, rounds: done, lines, y: {}, value: (v) => number(v), choose });
+    if (lines.length)
+      this.maps.update({ x, rounds: done, lines, y: {}, value: (v) => number(v), choose });
   }
 
   curves() {
@@ -89,7 +123,10 @@ export class Calibration {
     const size = Math.min(400, (width - 32 * (columns - 1)) / columns);
     this.pictures.replaceChildren(
       ...curves.map(({ curve, title }) =>
-        picture(size, diagramHeight(size), `Reliability, ${title}`, (pen) => diagram(pen, size, curve, title))),
+        picture(size, diagramHeight(size), `Reliability, ${title}`, (pen) =>
+          diagram(pen, size, curve, title),
+        ),
+      ),
     );
   }
 
@@ -100,11 +137,16 @@ export class Calibration {
       title: this.title.textContent,
       width: curves.length * (size + 20),
       height: diagramHeight(size),
-      draw: (pen) => curves.forEach(({ curve, title }, k) => moved(pen, k * (size + 20), 0, (there) => diagram(there, size, curve, title))),
+      draw: (pen) =>
+        curves.forEach(({ curve, title }, k) =>
+          moved(pen, k * (size + 20), 0, (there) => diagram(there, size, curve, title)),
+        ),
       table: () => ({
         title: this.title.textContent,
         columns: ["set", "bin", "count", "confidence", "accuracy"],
-        rows: curves.flatMap(({ curve, title }) => curve.count.map((n, k) => [title, k + 1, n, curve.confidence[k], curve.accuracy[k]])),
+        rows: curves.flatMap(({ curve, title }) =>
+          curve.count.map((n, k) => [title, k + 1, n, curve.confidence[k], curve.accuracy[k]]),
+        ),
       }),
     };
   }

@@ -6,7 +6,16 @@ import { h } from "./dom.js";
 import { isShare, plain, score, scoreName } from "./format.js";
 import { colour, siteColour, siteDash } from "./palette.js";
 import { Panel } from "./panel.js";
-import { bySite, mean, pick, references, scoreNames, workWords } from "./series.js";
+import {
+  bySite,
+  mean,
+  named,
+  pick,
+  references,
+  scoreNames,
+  tellsApart,
+  workWords,
+} from "./series.js";
 
 const height = () => (innerWidth < 640 ? 290 : 336);
 
@@ -32,14 +41,14 @@ export function metricLines(run, rounds, name) {
     strong: true,
   };
   // The strong line is drawn last, over the others.
-  return [...thin, strong];
+  return training || tellsApart(rounds, name) ? [...thin, strong] : [strong];
 }
 
 /** The score that is shown: the one that was chosen, or the first there is. */
 export function chosen(rounds) {
   const names = [...scoreNames(rounds), "loss"];
   const { metric } = read();
-  return { names, name: names.includes(metric) ? metric : names[0] };
+  return { names, name: names.includes(metric) ? metric : named(rounds, "accuracy") || names[0] };
 }
 
 function title(name) {
@@ -53,14 +62,24 @@ function steps() {
     const node = h("button", { type: "button", class: "word option", onclick: () => go({ x }) }, x);
     return [x, node];
   });
-  const node = h("span", { class: "switch", role: "group", "aria-label": "Axis" }, h("span", {}, "by "), words.map(([, w]) => w));
-  const update = (x) => words.forEach(([name, w]) => w.setAttribute("aria-pressed", String(name === x)));
+  const node = h(
+    "span",
+    { class: "switch", role: "group", "aria-label": "Axis" },
+    h("span", {}, "by "),
+    words.map(([, w]) => w),
+  );
+  const update = (x) =>
+    words.forEach(([name, w]) => w.setAttribute("aria-pressed", String(name === x)));
   return { node, update };
 }
 
 export class Convergence {
   constructor(group) {
-    this.select = h("select", { class: "metric", "aria-label": "Score", onchange: () => go({ metric: this.select.value }) });
+    this.select = h("select", {
+      class: "metric",
+      "aria-label": "Score",
+      onchange: () => go({ metric: this.select.value }),
+    });
     this.axis = steps();
     const head = h("span", { class: "controls" }, this.select, this.axis.node);
     this.panel = new Panel(group, { id: "convergence", title: "Convergence", height, head });

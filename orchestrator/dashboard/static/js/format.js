@@ -18,9 +18,15 @@ export function number(x, digits = 3) {
 export const plain = (x) => (known(x) ? String(Number(x.toPrecision(3))).replace("-", "−") : none);
 
 export const count = (x) =>
-  known(x) ? Math.round(x).toString().replace("-", "−").replace(/\B(?=(\d{3})+$)/g, THIN) : none;
+  known(x)
+    ? Math.round(x)
+        .toString()
+        .replace("-", "−")
+        .replace(/\B(?=(\d{3})+$)/g, THIN)
+    : none;
 
-export const percent = (x, places = 1) => (known(x) ? `${(100 * x).toFixed(places)}${THIN}%` : none);
+export const percent = (x, places = 1) =>
+  known(x) ? `${(100 * x).toFixed(places)}${THIN}%` : none;
 
 function scaled(x, steps, units) {
   let k = 0;
@@ -41,6 +47,7 @@ export function rate(x) {
 
 export function seconds(x) {
   if (!known(x)) return none;
+  if (x < 1) return `${x.toFixed(2)}${THIN}s`;
   if (x < 10) return `${x.toFixed(1)}${THIN}s`;
   if (x < 100) return `${Math.round(x)}${THIN}s`;
   if (x < 5400) return `${Math.round(x / 60)}${THIN}min`;
@@ -52,7 +59,9 @@ export const clock = (t) =>
   known(t) ? new Date(t * 1000).toLocaleTimeString([], { hour12: false }) : none;
 
 export const date = (t) =>
-  known(t) ? new Date(t * 1000).toLocaleDateString([], { year: "numeric", month: "short", day: "numeric" }) : none;
+  known(t)
+    ? new Date(t * 1000).toLocaleDateString([], { year: "numeric", month: "short", day: "numeric" })
+    : none;
 
 export const short = (digest) => (digest ? digest.slice(0, 10) : none);
 
@@ -63,7 +72,7 @@ const METRICS = { accuracy: "Accuracy", nll: "NLL", ece: "ECE", loss: "Loss" };
 export function scoreName(name) {
   const dot = name.indexOf(".");
   const [set, metric] = dot < 0 ? ["", name] : [name.slice(0, dot), name.slice(dot + 1)];
-  const words = (METRICS[metric] ?? metric.replaceAll("_", " "));
+  const words = METRICS[metric] ?? metric.replaceAll("_", " ");
   return { set: SETS[set] ?? set.replaceAll("_", " "), metric: words, key: metric };
 }
 

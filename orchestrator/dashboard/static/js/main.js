@@ -12,7 +12,13 @@ import { Rounds } from "./rounds.js";
 import { Sites } from "./sites.js";
 import { Strategies } from "./strategies.js";
 
-const KINDS = { overview: Overview, rounds: Rounds, sites: Sites, calibration: Calibration, strategies: Strategies };
+const KINDS = {
+  overview: Overview,
+  rounds: Rounds,
+  sites: Sites,
+  calibration: Calibration,
+  strategies: Strategies,
+};
 const at = (id) => document.getElementById(id);
 
 let shown = { key: "", view: null };
@@ -50,28 +56,46 @@ function header() {
   if (run) select.value = run.id;
   at("link").dataset.live = live;
   say(at("link"), live ? "live" : `not connected since ${clock(since)}, trying again`);
-  if (daemon) say(at("bottom"), `Farflung ${daemon.version} · ${daemon.address} · ${daemon.attached} of ${daemon.sites} sites attached · reduction ${daemon.compute}`);
+  if (daemon)
+    say(
+      at("bottom"),
+      `Farflung ${daemon.version} · ${daemon.address} · ${daemon.attached} of ${daemon.sites} sites attached · reduction ${daemon.compute}`,
+    );
 }
 
 // "·" separates statements: each stays in one piece, and no line begins or ends with a dot.
 function phrases(words) {
-  const parts = words.split(" · ").map((phrase, k) => h("span", { class: "phrase" }, h("i", {}, k ? " · " : ""), phrase));
+  const parts = words
+    .split(" · ")
+    .map((phrase, k) => h("span", { class: "phrase" }, h("i", {}, k ? " · " : ""), phrase));
   return h("span", { class: "phrases" }, parts);
 }
 
 function status() {
   const { run, loaded } = feed;
-  const words = run ? run.headline || `${run.name}: ${run.state}` : loaded ? "Nothing runs yet." : null;
+  const words = run
+    ? run.headline || `${run.name}: ${run.state}`
+    : loaded
+      ? "Nothing runs yet."
+      : null;
   const headline = at("headline");
   if (words && headline.textContent !== words) headline.replaceChildren(phrases(words));
   headline.classList.toggle("act", Boolean(run?.needs_action));
   document.title = run ? `${run.name} · ${run.committed}/${run.rounds} · Farflung` : "Farflung";
   const diagnosis = at("diagnosis");
-  const said = run ? run.diagnosis || run.reason : loaded ? "What will be here, and the commands that start it:" : "";
+  const said = run
+    ? run.diagnosis || run.reason
+    : loaded
+      ? "What will be here, and the commands that start it:"
+      : "";
   if (diagnosis.dataset.said === said) return;
   diagnosis.dataset.said = said;
   const round = /round (\d+)/i.exec(said)?.[1];
-  const evidence = h("button", { type: "button", class: "word", onclick: () => go({ view: "rounds", round: Number(round) }) }, `show round ${round}`);
+  const evidence = h(
+    "button",
+    { type: "button", class: "word", onclick: () => go({ view: "rounds", round: Number(round) }) },
+    `show round ${round}`,
+  );
   diagnosis.replaceChildren(said, round && run ? " " : "", round && run ? evidence : "");
 }
 
@@ -83,10 +107,26 @@ function trouble() {
   place.dataset.key = key;
   place.replaceChildren();
   if (!problem) return;
-  const facts = Object.entries(problem.facts ?? {}).map(([k, v]) => `${k} = ${v}`).join(", ");
-  const todo = problem.error === "Unavailable" ? " Start it with “farflung serve”; this page tries again by itself." : "";
+  const facts = Object.entries(problem.facts ?? {})
+    .map(([k, v]) => `${k} = ${v}`)
+    .join(", ");
+  const todo =
+    problem.error === "Unavailable"
+      ? " Start it with “farflung serve”; this page tries again by itself."
+      : "";
   const words = `${problem.message}${todo}`;
-  place.append(h("p", { class: "trouble", role: "alert" }, h("strong", { class: "act" }, problem.error), " ", words, facts ? h("span", { class: "soft" }, ` (${facts})`) : null, " ", copy(`${problem.error}: ${words} ${facts}`)));
+  place.append(
+    h(
+      "p",
+      { class: "trouble", role: "alert" },
+      h("strong", { class: "act" }, problem.error),
+      " ",
+      words,
+      facts ? h("span", { class: "soft" }, ` (${facts})`) : null,
+      " ",
+      copy(`${problem.error}: ${words} ${facts}`),
+    ),
+  );
 }
 
 function tabs() {
@@ -95,10 +135,21 @@ function tabs() {
   if (!run) return;
   const address = read();
   const links = VIEWS.map((view) => {
-    const href = write({ ...address, run: address.run, view, round: address.view === view ? address.round : null });
-    return h("a", { href, "aria-current": view === address.view ? "page" : null }, view[0].toUpperCase() + view.slice(1));
+    const href = write({
+      ...address,
+      run: address.run,
+      view,
+      round: address.view === view ? address.round : null,
+    });
+    return h(
+      "a",
+      { href, "aria-current": view === address.view ? "page" : null },
+      view[0].toUpperCase() + view.slice(1),
+    );
   });
-  const key = links.map((a) => `${a.getAttribute("href")} ${a.getAttribute("aria-current")}`).join();
+  const key = links
+    .map((a) => `${a.getAttribute("href")} ${a.getAttribute("aria-current")}`)
+    .join();
   if (at("tabs").dataset.key === key) return;
   at("tabs").dataset.key = key;
   at("tabs").replaceChildren(...links);

@@ -5,7 +5,7 @@ import { isShare, number, percent, plain, score, scoreName, seconds } from "./fo
 import { chosen, metricLines } from "./convergence.js";
 import { colour, PHASES } from "./palette.js";
 import { Panel } from "./panel.js";
-import { bySite, named, phaseSeconds, pick, scoreNames, spread } from "./series.js";
+import { bySite, named, phaseSeconds, pick, scoreNames, spread, tellsApart } from "./series.js";
 
 export const small = () => (innerWidth < 640 ? 150 : 152);
 
@@ -25,38 +25,55 @@ function lossSpec({ run, rounds, x }) {
   return { x, rounds, lines: metricLines(run, rounds, "loss"), y: {}, value: (v) => number(v) };
 }
 
-function nllSpec({ run, rounds, x, names }) {
-  const lines = metricLines(run, rounds, named(names, "nll"));
+function nllSpec({ run, rounds, x }) {
+  const lines = metricLines(run, rounds, named(rounds, "nll"));
   return { x, rounds, lines, y: {}, value: (v) => number(v) };
 }
 
 /** Before and after calibration, where a set has both; else what there is. */
-export function eceNames(names) {
+function eceNames(rounds) {
+  const names = scoreNames(rounds);
   const after = names.find((name) => name.endsWith("_calibrated.ece")) ?? "";
   const before = after.replace("_calibrated", "");
-  return { after, before: names.includes(before) ? before : named(names, "ece") };
+  return { after, before: names.includes(before) ? before : named(rounds, "ece") };
 }
 
-export function eceSpec({ rounds, x, names }) {
-  const { before, after } = eceNames(names);
+export function eceSpec({ rounds, x }) {
+  const { before, after } = eceNames(rounds);
   const lines = after
     ? [
-        one("before", pick(rounds, before), { colour: soft, width: 1.25, dash: [4, 3], strong: false }),
+        one("before", pick(rounds, before), {
+          colour: soft,
+          width: 1.25,
+          dash: [4, 3],
+          strong: false,
+        }),
         one("after", pick(rounds, after)),
       ]
     : [one("global", pick(rounds, before))];
   return { x, rounds, lines, y: { share: true, zero: true }, value: (v) => percent(v) };
 }
 
-function spreadSpec({ run, rounds, x }) {
+/** The score in which the sites are compared: the chosen one, or its like in which they differ. */
+function compared(rounds) {
   const { name } = chosen(rounds);
+  if (name === "loss" || tellsApart(rounds, name)) return name;
+  return named(rounds, scoreName(name).key) || name;
+}
+
+function spreadSpec({ run, rounds, x }) {
+  const name = compared(rounds);
   const of = (row) => (name === "loss" ? row.loss : row.scores[name]);
   const { low, middle, high } = spread(bySite(rounds, run.sites, of));
   const edge = { colour: soft, width: 0.75, strong: false };
   return {
     x,
     rounds,
-    lines: [one("lowest", low, edge), one("median", middle, { width: 1.5 }), one("highest", high, edge)],
+    lines: [
+      one("lowest", low, edge),
+      one("median", middle, { width: 1.5 }),
+      one("highest", high, edge),
+    ],
     band: [0, 2],
     y: { share: isShare(name) },
     value: (v) => score(name, v),
@@ -91,7 +108,10 @@ function secondsSpec({ rounds, x }) {
 
 export class Multiples {
   constructor(group) {
-    const make = (id, title, spec) => ({ spec, panel: new Panel(group, { id, title, height: small }) });
+    const make = (id, title, spec) => ({
+      spec,
+      panel: new Panel(group, { id, title, height: small }),
+    });
     this.all = [
       make("loss", "Training loss", lossSpec),
       make("nll", "NLL", nllSpec),
@@ -100,16 +120,19 @@ export class Multiples {
       make("change", "Change of the model, |Δ| / |w|", changeSpec),
       make("seconds", "Seconds per round", secondsSpec),
     ];
-    this.node = h("div", { class: "multiples" }, this.all.map(({ panel }) => panel.node));
+    this.node = h(
+      "div",
+      { class: "multiples" },
+      this.all.map(({ panel }) => panel.node),
+    );
   }
 
   update(run, rounds, x) {
-    const names = scoreNames(rounds);
-    const { name } = chosen(rounds);
-    const metric = name === "loss" ? "loss" : scoreName(name).metric;
+    const name = compared(rounds);
+    const metric = name === "loss" ? "Loss" : scoreName(name).metric;
     for (const { spec, panel } of this.all) {
       if (panel.id === "spread") panel.retitle(`${metric}, spread over the sites`);
-      panel.update(spec({ run, rounds, x, names }));
+      panel.update(spec({ run, rounds, x }));
     }
   }
 }

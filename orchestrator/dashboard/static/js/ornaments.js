@@ -29,7 +29,9 @@ const lineWords = (spec, line) => {
 /** Room at the right for the names of the lines. */
 export function gutter(spec) {
   if (!spec.labels) return 10;
-  const strong = names(spec).map((line) => measure(lineWords(spec, line), 11.5, line.strong ? 600 : 400));
+  const strong = names(spec).map((line) =>
+    measure(lineWords(spec, line), 11.5, line.strong ? 600 : 400),
+  );
   const refs = (spec.references ?? []).map((ref) => measure(refWords(spec, ref), 11.5));
   const parts = (spec.stack ?? []).map(({ name }) => measure(name, 11));
   return Math.ceil(Math.max(10, ...strong, ...refs, ...parts)) + 14;
@@ -75,7 +77,8 @@ function band(pen, plot) {
   const there = spec.x.values.map((x, n) => [x, low[n], high[n]]).filter((p) => p[1] !== null);
   const up = there.map(([x, , y]) => [plot.px(x), plot.py(y)]);
   const down = there.map(([x, y]) => [plot.px(x), plot.py(y)]).reverse();
-  if (there.length > 1) pen.path([...up, ...down], { fill: colour("ink"), alpha: 0.1, close: true });
+  if (there.length > 1)
+    pen.path([...up, ...down], { fill: colour("ink"), alpha: 0.1, close: true });
 }
 
 // ----------------------------------------------------------------------------------- in front
@@ -83,12 +86,24 @@ function band(pen, plot) {
 export function inFront(pen, plot) {
   const { area, spec } = plot;
   const right = area.left + area.width;
-  for (const { value } of spec.references ?? []) {
-    const y = plot.py(value);
+  for (const ref of spec.references ?? []) {
+    const y = plot.py(ref.value);
     if (y < area.top || y > area.top + area.height) continue;
-    pen.path([[area.left, y], [right, y]], { stroke: colour("soft"), dash: [5, 4] });
+    pen.path(
+      [
+        [area.left, y],
+        [right, y],
+      ],
+      { stroke: colour("soft"), dash: [5, 4] },
+    );
+    // Where there is no room beside the plot, a reference is named on its own line.
+    const style = { fill: colour("soft"), size: 10.5, anchor: "end", halo: colour("paper") };
+    const lines = spec.lines.map((line) => line.values[last(line.values)]);
+    const under = lines.some((end) => end > ref.value);
+    if (!spec.labels) pen.text(right - 2, under ? y + 13 : y - 4, refWords(spec, ref), style);
   }
-  if (spec.marks) pen.clip(area.left - 8, area.top - 8, area.width + 16, area.height + 16, (p) => marks(p, plot));
+  if (spec.marks)
+    pen.clip(area.left - 8, area.top - 8, area.width + 16, area.height + 16, (p) => marks(p, plot));
   if (spec.labels) labels(pen, plot);
   if (spec.strip) strip(pen, plot);
   const bottom = area.top + area.height;
@@ -123,7 +138,10 @@ function labels(pen, plot) {
     const at = last(line.values.slice(0, inside + 1));
     if (at < 0) return [];
     const words = lineWords(spec, line);
-    const style = { fill: line.strong ? colour("ink") : line.colour(), weight: line.strong ? 600 : 400 };
+    const style = {
+      fill: line.strong ? colour("ink") : line.colour(),
+      weight: line.strong ? 600 : 400,
+    };
     return [{ x: plot.px(spec.x.values[at]) + 9, y: plot.py(line.values[at]), words, ...style }];
   });
   const refs = (spec.references ?? []).map((ref) => ({
@@ -135,7 +153,11 @@ function labels(pen, plot) {
   }));
   const widest = Math.max(0, ...ends.map((e) => e.x + measure(e.words, 11.5, e.weight)));
   const parts = (spec.stack ?? []).length ? stackNames(plot) : [];
-  const columns = parts.length ? [parts] : widest + 12 > right ? [[...ends, ...refs]] : [ends, refs];
+  const columns = parts.length
+    ? [parts]
+    : widest + 12 > right
+      ? [[...ends, ...refs]]
+      : [ends, refs];
   for (const column of columns) {
     for (const { x, y, words, fill, weight } of apart(column, area))
       pen.text(x, y + 4, words, { fill, weight, size: 11.5, halo: colour("paper") });
@@ -153,7 +175,9 @@ function stackNames(plot) {
   return spec.stack.flatMap(({ name, values }) => {
     const middle = below + (values[n] ?? 0) / 2;
     below += values[n] ?? 0;
-    return values[n] ? [{ x, y: plot.py(middle), words: name, fill: colour("soft"), weight: 400 }] : [];
+    return values[n]
+      ? [{ x, y: plot.py(middle), words: name, fill: colour("soft"), weight: 400 }]
+      : [];
   });
 }
 
@@ -199,7 +223,10 @@ function strip(pen, plot) {
       }
       const work = round.work[unit];
       if (work !== undefined && a >= free && (b - a > 22 || work !== before)) {
-        inner.text(Math.max((a + b) / 2, area.left + 8), top + 33, plain(work), { fill: colour("soft"), anchor: "middle" });
+        inner.text(Math.max((a + b) / 2, area.left + 8), top + 33, plain(work), {
+          fill: colour("soft"),
+          anchor: "middle",
+        });
         free = b - a > 22 ? a : a + 22;
         before = work;
       }
@@ -221,12 +248,24 @@ export function frame(pen, plot) {
   const words = tickWords(values, spec.y);
   for (const [k, value] of values.entries()) {
     const at = plot.py(value);
-    pen.path([[area.left, at], [area.left + area.width, at]], { stroke: colour("hair") });
+    pen.path(
+      [
+        [area.left, at],
+        [area.left + area.width, at],
+      ],
+      { stroke: colour("hair") },
+    );
     pen.text(area.left - 10, at + 4, words[k], { fill: colour("soft"), anchor: "end" });
   }
   for (const value of plot.xTicks(x.min, x.max)) {
     const at = plot.px(value);
-    pen.path([[at, bottom], [at, bottom + 4]], { stroke: colour("hair") });
+    pen.path(
+      [
+        [at, bottom],
+        [at, bottom + 4],
+      ],
+      { stroke: colour("hair") },
+    );
     pen.text(at, bottom + 17, spec.x.format(value), { fill: colour("soft"), anchor: "middle" });
   }
 }

@@ -22,7 +22,12 @@ export class Overview {
     this.charts = h("div", {}, this.convergence.node, this.multiples.node);
     this.memory = new Memory();
     this.soon = h("p", { class: "soft" });
-    this.first = h("section", { class: "empty below", hidden: true }, this.soon, h("div", { class: "sketch" }, sketch()));
+    this.first = h(
+      "section",
+      { class: "empty below", hidden: true },
+      this.soon,
+      h("div", { class: "sketch" }, sketch()),
+    );
     root.append(this.charts, this.now.node, this.first, this.log);
   }
 
@@ -61,9 +66,11 @@ export class Overview {
       h(
         "ol",
         {},
-        lines.slice(0, MOST_LINES).map(({ time, text, level }) =>
-          h("li", { class: level }, h("time", {}, clock(time)), " ", text),
-        ),
+        lines
+          .slice(0, MOST_LINES)
+          .map(({ time, text, level }) =>
+            h("li", { class: level }, h("time", {}, clock(time)), " ", text),
+          ),
       ),
     );
   }

@@ -36,8 +36,26 @@ function numbers({ columns, rows, title }) {
       "table",
       {},
       h("caption", { class: "unseen" }, title),
-      h("thead", {}, h("tr", {}, columns.map((c) => h("th", { scope: "col" }, c)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((x) => h("td", {}, text(x)))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((c) => h("th", { scope: "col" }, c)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((x) => h("td", {}, text(x))),
+          ),
+        ),
+      ),
     ),
   );
 }
@@ -68,7 +86,10 @@ export class Panel {
     if (this.title === title && this.words.textContent) return;
     this.title = title;
     const [first, ...rest] = title.split(", ");
-    this.words.replaceChildren(first, ...(rest.length ? [h("span", { class: "quiet" }, `, ${rest.join(", ")}`)] : []));
+    this.words.replaceChildren(
+      first,
+      ...(rest.length ? [h("span", { class: "quiet" }, `, ${rest.join(", ")}`)] : []),
+    );
   }
 
   /** Shows a spec (see plot.js); a sentence instead of lines where there are none yet. */
@@ -117,7 +138,11 @@ export class Panel {
     );
     const extra = round && this.spec.more ? this.spec.more(round) : "";
     const when = h("span", { class: "when" }, round ? `round ${round.round}` : "");
-    this.readout.replaceChildren(when, ...items, ...(extra ? [h("span", { class: "more" }, extra)] : []));
+    this.readout.replaceChildren(
+      when,
+      ...items,
+      ...(extra ? [h("span", { class: "more" }, extra)] : []),
+    );
   }
 
   /** What the files are made of. */

@@ -27,54 +27,76 @@ export class CanvasPen {
     this.c.restore();
   }
 
+  ink(fill, stroke) {
+    const { c } = this;
+    if (fill) {
+      c.fillStyle = fill;
+      c.fill();
+    }
+    if (stroke) {
+      c.strokeStyle = stroke;
+      c.stroke();
+    }
+  }
+
   path(points, { stroke, fill, width = 1, dash = [], alpha = 1, close = false }) {
-    this.with(() => {
-      const { c } = this;
-      c.beginPath();
-      let pen = false;
-      for (const point of points) {
-        if (point) c[pen ? "lineTo" : "moveTo"](point[0], point[1]);
-        pen = Boolean(point);
-      }
-      if (close) c.closePath();
-      c.lineJoin = "round";
-      c.setLineDash(dash);
-      c.lineWidth = width;
-      if (fill) [c.fillStyle] = [fill], c.fill();
-      if (stroke) [c.strokeStyle] = [stroke], c.stroke();
-    }, { alpha });
+    this.with(
+      () => {
+        const { c } = this;
+        c.beginPath();
+        let pen = false;
+        for (const point of points) {
+          if (point) c[pen ? "lineTo" : "moveTo"](point[0], point[1]);
+          pen = Boolean(point);
+        }
+        if (close) c.closePath();
+        c.lineJoin = "round";
+        c.setLineDash(dash);
+        c.lineWidth = width;
+        this.ink(fill, stroke);
+      },
+      { alpha },
+    );
   }
 
   rects(list, { fill, alpha = 1 }) {
-    this.with(() => {
-      this.c.fillStyle = fill;
-      for (const [x, y, w, h] of list) this.c.fillRect(x, y, w, h);
-    }, { alpha });
+    this.with(
+      () => {
+        this.c.fillStyle = fill;
+        for (const [x, y, w, h] of list) this.c.fillRect(x, y, w, h);
+      },
+      { alpha },
+    );
   }
 
   circle(x, y, r, { stroke, fill, width = 1, alpha = 1 }) {
-    this.with(() => {
-      const { c } = this;
-      c.beginPath();
-      c.arc(x, y, r, 0, 2 * Math.PI);
-      c.lineWidth = width;
-      if (fill) [c.fillStyle] = [fill], c.fill();
-      if (stroke) [c.strokeStyle] = [stroke], c.stroke();
-    }, { alpha });
+    this.with(
+      () => {
+        const { c } = this;
+        c.beginPath();
+        c.arc(x, y, r, 0, 2 * Math.PI);
+        c.lineWidth = width;
+        this.ink(fill, stroke);
+      },
+      { alpha },
+    );
   }
 
   text(x, y, words, { fill, size = 11, weight = 400, anchor = "start", alpha = 1, halo = null }) {
-    this.with(() => {
-      this.c.font = `${weight} ${size}px ${colour("face")}`;
-      this.c.fillStyle = fill;
-      this.c.textAlign = ANCHORS[anchor];
-      this.c.textBaseline = "alphabetic";
-      if (halo) {
-        Object.assign(this.c, { strokeStyle: halo, lineWidth: 4, lineJoin: "round" });
-        this.c.strokeText(words, x, y);
-      }
-      this.c.fillText(words, x, y);
-    }, { alpha });
+    this.with(
+      () => {
+        this.c.font = `${weight} ${size}px ${colour("face")}`;
+        this.c.fillStyle = fill;
+        this.c.textAlign = ANCHORS[anchor];
+        this.c.textBaseline = "alphabetic";
+        if (halo) {
+          Object.assign(this.c, { strokeStyle: halo, lineWidth: 4, lineJoin: "round" });
+          this.c.strokeText(words, x, y);
+        }
+        this.c.fillText(words, x, y);
+      },
+      { alpha },
+    );
   }
 
   clip(x, y, w, h, draw) {
@@ -90,7 +112,8 @@ export class CanvasPen {
 
 /** A canvas pen whose origin lies elsewhere. */
 export function moved(pen, x, y, draw) {
-  if (pen instanceof SvgPen) return draw(new SvgPen(pen.add("g", { transform: `translate(${x} ${y})` })));
+  if (pen instanceof SvgPen)
+    return draw(new SvgPen(pen.add("g", { transform: `translate(${x} ${y})` })));
   const { dx, dy } = pen;
   Object.assign(pen, { dx: dx + x, dy: dy + y });
   draw(pen);
@@ -99,7 +122,7 @@ export function moved(pen, x, y, draw) {
 
 const tidy = (x) => Number(x.toFixed(2));
 
-export class SvgPen {
+class SvgPen {
   constructor(node) {
     this.node = node;
   }
@@ -157,7 +180,9 @@ export class SvgPen {
       "font-family": colour("face"),
       "text-anchor": anchor,
       opacity: alpha < 1 ? alpha : null,
-      ...(halo ? { stroke: halo, "stroke-width": 4, "stroke-linejoin": "round", "paint-order": "stroke" } : {}),
+      ...(halo
+        ? { stroke: halo, "stroke-width": 4, "stroke-linejoin": "round", "paint-order": "stroke" }
+        : {}),
     };
     return this.add("text", attributes, words);
   }

@@ -14,7 +14,12 @@ const LEFT = 52;
 const AXIS = 24;
 const TOP = 10;
 
-const shape = (spec) => JSON.stringify([spec.lines.map((l) => [l.label, l.dash, l.width]), Boolean(spec.strip), Boolean(spec.labels)]);
+const shape = (spec) =>
+  JSON.stringify([
+    spec.lines.map((l) => [l.label, l.dash, l.width]),
+    Boolean(spec.strip),
+    Boolean(spec.labels),
+  ]);
 
 export class Plot {
   constructor(host, group, { height, hovered = () => {} }) {
@@ -31,8 +36,13 @@ export class Plot {
     this.spec = spec;
     if (!this.host.clientWidth) return;
     if (!this.u || !same) this.build();
-    else this.u.setData(this.data(), false), this.rescale();
+    else this.refill();
     this.hovered(this.index);
+  }
+
+  refill() {
+    this.u.setData(this.data(), false);
+    this.rescale();
   }
 
   data() {
@@ -60,7 +70,11 @@ export class Plot {
         y: false,
         drag: { x: true, y: false, setScale: false, dist: 6 },
         // Only the crosshair is shared: a brush would be read again on every chart's new scale.
-        sync: { key: group.key, setSeries: false, filters: { pub: (type) => /move|leave/.test(type) } },
+        sync: {
+          key: group.key,
+          setSeries: false,
+          filters: { pub: (type) => /move|leave/.test(type) },
+        },
         bind: { dblclick: () => () => group.zoomTo(null), click: () => () => this.chosen() },
         points: {
           size: 6,
@@ -111,7 +125,8 @@ export class Plot {
     return {
       label: line.label,
       scale: "y",
-      stroke: () => (this.spec.lines[k].show === false ? "transparent" : this.spec.lines[k].colour()),
+      stroke: () =>
+        this.spec.lines[k].show === false ? "transparent" : this.spec.lines[k].colour(),
       width: line.width ?? 1,
       dash: line.dash?.length ? line.dash : undefined,
       alpha: line.alpha ?? 1,
@@ -147,7 +162,7 @@ export class Plot {
   }
 
   yTicks(low, high) {
-    return ticks(low, high, Math.max(2, this.height() / 42));
+    return ticks(low, high, Math.max(2, this.height() / 35));
   }
 
   yRange() {
@@ -230,8 +245,10 @@ export class Plot {
   resize() {
     const width = this.host.clientWidth;
     if (!width || !this.spec) return;
-    if (!this.u) this.build(), this.hovered(null);
-    else if (this.u.width !== width || this.u.height !== this.height())
+    if (!this.u) {
+      this.build();
+      this.hovered(null);
+    } else if (this.u.width !== width || this.u.height !== this.height())
       this.u.setSize({ width, height: this.height() });
   }
 

@@ -2,7 +2,18 @@
 
 import { go, read } from "./address.js";
 import { action, h } from "./dom.js";
-import { bytes, clock, count, date, number, plain, score, scoreName, seconds, short } from "./format.js";
+import {
+  bytes,
+  clock,
+  count,
+  date,
+  number,
+  plain,
+  score,
+  scoreName,
+  seconds,
+  short,
+} from "./format.js";
 import { Matrix } from "./matrix.js";
 import { siteColour } from "./palette.js";
 import { decided, Memory, workWords } from "./series.js";
@@ -20,11 +31,23 @@ export class Rounds {
     this.next = action("later →", () => this.step(1));
     this.reason = h("p", { class: "soft" });
     this.entry = h("div", { class: "entry" });
-    this.body = h("div", { class: "stack" },
+    this.body = h(
+      "div",
+      { class: "stack" },
       this.matrix.node,
-      h("div", { class: "heading" }, this.title, h("span", { class: "files shown" }, this.back, this.next)),
-      this.reason, this.table.node, this.entry);
-    this.empty = nothing("Here each round will stand with its timeline, its entry in the ledger and its contributions. The first one has not begun.");
+      h(
+        "div",
+        { class: "heading" },
+        this.title,
+        h("span", { class: "files shown" }, this.back, this.next),
+      ),
+      this.reason,
+      this.table.node,
+      this.entry,
+    );
+    this.empty = nothing(
+      "Here each round will stand with its timeline, its entry in the ledger and its contributions. The first one has not begun.",
+    );
     root.append(this.body, this.empty);
   }
 
@@ -42,7 +65,8 @@ export class Rounds {
     Object.assign(this, { round, all: rounds });
     this.back.disabled = round === rounds[0];
     this.next.disabled = round === rounds.at(-1);
-    if (this.drawn.changed(round.round, rounds.length, ...decided(rounds))) this.matrix.update(run, rounds, round.round);
+    if (this.drawn.changed(round.round, rounds.length, ...decided(rounds)))
+      this.matrix.update(run, rounds, round.round);
     if (!this.entered.changed(round, run.current, run.rounds)) return;
     const state = round.state === "planned" ? "under way" : round.state;
     const attempt = round.attempt > 1 ? ` · attempt ${round.attempt}` : "";
@@ -72,28 +96,76 @@ export class Rounds {
       const { metric, set } = scoreName(name);
       return [set ? `${metric}, ${set}` : metric, score(name, x)];
     });
-    const list = (pairs) => h("dl", {}, pairs.map(([k, v]) => h("div", {}, h("dt", {}, k), h("dd", {}, v))));
+    const list = (pairs) =>
+      h(
+        "dl",
+        {},
+        pairs.map(([k, v]) => h("div", {}, h("dt", {}, k), h("dd", {}, v))),
+      );
     const sum = Object.values(round.seconds).reduce((a, b) => a + b, 0);
     const times = Object.entries(round.seconds).map(([k, v]) => [k, seconds(v)]);
-    return h("section", { class: "facts" },
+    return h(
+      "section",
+      { class: "facts" },
       h("div", {}, h("h3", {}, "Ledger"), list(facts)),
       scores.length ? h("div", {}, h("h3", {}, "Scores"), list(scores)) : null,
-      times.length ? h("div", {}, h("h3", {}, `Time, ${seconds(sum)}`), list(times)) : null);
+      times.length ? h("div", {}, h("h3", {}, `Time, ${seconds(sum)}`), list(times)) : null,
+    );
   }
 
   contributions(run, round) {
     const names = [...new Set(round.sites.flatMap((row) => Object.keys(row.scores)))].slice(0, 3);
-    const head = ["Site", "Examples", "Weight", "Norm", "Loss", ...names.map((n) => `${scoreName(n).metric}, ${scoreName(n).set}`), "Received", "Sent"];
-    const key = (site) => h("i", { class: "key", style: { "--c": siteColour(run.sites.indexOf(site)) } });
+    const head = [
+      "Site",
+      "Examples",
+      "Weight",
+      "Norm",
+      "Loss",
+      ...names.map((n) => `${scoreName(n).metric}, ${scoreName(n).set}`),
+      "Received",
+      "Sent",
+    ];
+    const key = (site) =>
+      h("i", { class: "key", style: { "--c": siteColour(run.sites.indexOf(site)) } });
     const row = (r) => [
       h("th", { scope: "row" }, key(r.site), r.site),
-      ...[count(r.examples), r.weight === null ? "–" : `${plain(Math.round(r.weight * 1000) / 10)}\u202f%`, number(r.norm), number(r.loss),
-        ...names.map((n) => score(n, r.scores[n])), bytes(r.received_bytes), bytes(r.sent_bytes)].map((x) => h("td", {}, x)),
+      ...[
+        count(r.examples),
+        r.weight === null ? "–" : `${plain(Math.round(r.weight * 1000) / 10)}\u202f%`,
+        number(r.norm),
+        number(r.loss),
+        ...names.map((n) => score(n, r.scores[n])),
+        bytes(r.received_bytes),
+        bytes(r.sent_bytes),
+      ].map((x) => h("td", {}, x)),
     ];
-    return h("section", {}, h("h3", {}, "Contributions"),
-      h("div", { class: "scroll" }, h("table", { class: "plain" },
-        h("thead", {}, h("tr", {}, head.map((x) => h("th", { scope: "col" }, x)))),
-        h("tbody", {}, round.sites.map((r) => h("tr", {}, row(r)))))));
+    return h(
+      "section",
+      {},
+      h("h3", {}, "Contributions"),
+      h(
+        "div",
+        { class: "scroll" },
+        h(
+          "table",
+          { class: "plain" },
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              head.map((x) => h("th", { scope: "col" }, x)),
+            ),
+          ),
+          h(
+            "tbody",
+            {},
+            round.sites.map((r) => h("tr", {}, row(r))),
+          ),
+        ),
+      ),
+    );
   }
 
   destroy() {

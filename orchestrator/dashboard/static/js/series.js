@@ -22,7 +22,14 @@ export function axis(kind, run, rounds) {
     const last = values.at(-1) || 1;
     const minutes = last < 2;
     const format = minutes ? (x) => plain(x * 60) : plain;
-    return { kind, label: minutes ? "minutes" : "hours", values, domain: [0, last], format, unit: minutes ? 60 : 1 };
+    return {
+      kind,
+      label: minutes ? "minutes" : "hours",
+      values,
+      domain: [0, last],
+      format,
+      unit: minutes ? 60 : 1,
+    };
   }
   const values = rounds.map((round) => round.round);
   const last = values.at(-1) ?? 0;
@@ -68,9 +75,7 @@ export function spread(lines) {
     const half = (there.length - 1) / 2;
     found.low.push(there[0] ?? null);
     found.high.push(there.at(-1) ?? null);
-    found.middle.push(
-      there.length ? (there[Math.floor(half)] + there[Math.ceil(half)]) / 2 : null,
-    );
+    found.middle.push(there.length ? (there[Math.floor(half)] + there[Math.ceil(half)]) / 2 : null);
   });
   return found;
 }
@@ -85,13 +90,20 @@ export function scoreNames(rounds) {
   return [...names].sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
 }
 
-/** Which of the names of a metric to show: the calibrated, or that of the chosen set. */
-export function named(names, metric, sets = ["test", "val", ""]) {
-  for (const set of sets) {
-    const name = set ? `${set}.${metric}` : metric;
-    if (names.includes(name)) return name;
-  }
-  return "";
+/** Whether the sites' scores tell them apart; on one test set for all, they are all the same. */
+export function tellsApart(rounds, name) {
+  const last = rounds.findLast((round) => name in round.scores);
+  const sites = last?.sites.map((row) => row.scores[name]).filter((x) => x !== undefined) ?? [];
+  return sites.some((x) => Math.abs(x - last.scores[name]) > 1e-9);
+}
+
+/** Which score of a metric to show: one in which the sites differ, if there is one. */
+export function named(rounds, metric, sets = ["test", "val", ""]) {
+  const names = scoreNames(rounds);
+  const there = sets
+    .map((set) => (set ? `${set}.${metric}` : metric))
+    .filter((n) => names.includes(n));
+  return there.find((name) => tellsApart(rounds, name)) ?? there[0] ?? "";
 }
 
 /** References that belong to a score: "centralised", or "centralised.test.accuracy". */
@@ -100,7 +112,8 @@ export function references(run, score) {
   const found = [];
   for (const [name, value] of Object.entries(run.references)) {
     const [label, ...rest] = name.split(".");
-    const fits = rest.length === 0 ? key === "accuracy" : rest.join(".") === score || rest.join(".") === key;
+    const fits =
+      rest.length === 0 ? key === "accuracy" : rest.join(".") === score || rest.join(".") === key;
     if (fits) found.push({ label: label.replaceAll("_", " "), value });
   }
   return found;
@@ -137,4 +150,13 @@ export class Memory {
 
 /** What of a run its charts show; progress alone changes none of it. */
 export const shownOf = (run) =>
-  JSON.stringify([run.id, run.rounds, run.current, run.best, run.epsilon, run.references, run.sites, location.hash]);
+  JSON.stringify([
+    run.id,
+    run.rounds,
+    run.current,
+    run.best,
+    run.epsilon,
+    run.references,
+    run.sites,
+    location.hash,
+  ]);

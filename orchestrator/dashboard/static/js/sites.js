@@ -8,15 +8,33 @@ import { noSites } from "./empty.js";
 import { small } from "./multiples.js";
 import { siteColour, siteDash } from "./palette.js";
 import { Panel } from "./panel.js";
-import { isOpen, took } from "./timeline.js";
+import { isOpen, speed, took } from "./timeline.js";
 import { axis, bySite, decided, Memory, shownOf } from "./series.js";
 
 const length = (row) => (isOpen(row) ? null : took(row));
 
 const CHARTS = [
-  { id: "drift", title: "Drift, norm of the contribution", of: (row) => row.norm, value: (x) => number(x) },
-  { id: "weight", title: "Weight in the mean", of: (row) => row.weight, share: true, value: (x) => percent(x), zero: true },
-  { id: "speed", title: "Examples per second", of: (row) => row.examples_per_s, value: (x) => number(x), zero: true },
+  {
+    id: "drift",
+    title: "Drift, norm of the contribution",
+    of: (row) => row.norm,
+    value: (x) => number(x),
+  },
+  {
+    id: "weight",
+    title: "Weight in the mean",
+    of: (row) => row.weight,
+    share: true,
+    value: (x) => percent(x),
+    zero: true,
+  },
+  {
+    id: "speed",
+    title: "Examples per second",
+    of: speed,
+    value: (x) => number(x),
+    zero: true,
+  },
   { id: "duration", title: "Seconds in the round", of: length, value: seconds, zero: true },
 ];
 
@@ -28,8 +46,15 @@ export class Sites {
     this.memory = new Memory();
     this.list = h("div", { class: "scroll" });
     this.empty = noSites();
-    this.charts = CHARTS.map((chart) => ({ ...chart, panel: new Panel(this.group, { ...chart, height: small }) }));
-    this.grid = h("div", { class: "multiples two" }, this.charts.map(({ panel }) => panel.node));
+    this.charts = CHARTS.map((chart) => ({
+      ...chart,
+      panel: new Panel(this.group, { ...chart, height: small }),
+    }));
+    this.grid = h(
+      "div",
+      { class: "multiples two" },
+      this.charts.map(({ panel }) => panel.node),
+    );
     root.append(this.empty, this.list, this.grid);
   }
 
@@ -59,7 +84,9 @@ export class Sites {
   }
 
   table(run, rounds, sites) {
-    const rows = new Map(sites.map((site) => [site.name, { counted: 0, asked: 0, received: 0, sent: 0 }]));
+    const rows = new Map(
+      sites.map((site) => [site.name, { counted: 0, asked: 0, received: 0, sent: 0 }]),
+    );
     for (const round of decided(rounds)) {
       for (const work of round.sites) {
         const sum = rows.get(work.site);
@@ -70,27 +97,61 @@ export class Sites {
         sum.sent += work.sent_bytes;
       }
     }
-    const head = ["Site", "State", "Counted", "Received", "Sent", "Device", "Version", "Certificate until"];
+    const head = [
+      "Site",
+      "State",
+      "Counted",
+      "Received",
+      "Sent",
+      "Device",
+      "Version",
+      "Certificate until",
+    ];
     const index = new Map((run?.sites ?? []).map((name, k) => [name, k]));
     const key = (name) =>
-      index.has(name) ? h("i", { class: "key", style: { "--c": siteColour(index.get(name)) } }) : null;
+      index.has(name)
+        ? h("i", { class: "key", style: { "--c": siteColour(index.get(name)) } })
+        : null;
     const row = (site) => {
       const sum = rows.get(site.name);
       const away = site.state === "gone" || site.state === "revoked";
       const needed = away && run?.state === "running" && index.has(site.name);
-      return h("tr", { "data-site": site.name },
+      return h(
+        "tr",
+        { "data-site": site.name },
         h("th", { scope: "row" }, key(site.name), site.name),
-        h("td", { class: "words" }, h("span", { class: needed ? "act" : "" }, site.state), h("span", { class: "soft" }, ` ${ago(site.since)}`)),
+        h(
+          "td",
+          { class: "words" },
+          h("span", { class: needed ? "act" : "" }, site.state),
+          h("span", { class: "soft" }, ` ${ago(site.since)}`),
+        ),
         h("td", {}, sum.asked ? `${sum.counted} of ${sum.asked}` : "–"),
         h("td", {}, bytes(sum.received)),
         h("td", {}, bytes(sum.sent)),
         h("td", { class: "words" }, site.device || "–"),
         h("td", { class: "words" }, site.version || "–"),
-        h("td", { class: "words" }, date(site.certificate_expires)));
+        h("td", { class: "words" }, date(site.certificate_expires)),
+      );
     };
-    this.list.replaceChildren(h("table", { class: "plain" },
-      h("thead", {}, h("tr", {}, head.map((x, k) => h("th", { scope: "col", class: [1, 5, 6, 7].includes(k) ? "words" : "" }, x)))),
-      h("tbody", {}, sites.map(row))));
+    this.list.replaceChildren(
+      h(
+        "table",
+        { class: "plain" },
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            head.map((x, k) =>
+              h("th", { scope: "col", class: [1, 5, 6, 7].includes(k) ? "words" : "" }, x),
+            ),
+          ),
+        ),
+        h("tbody", {}, sites.map(row)),
+      ),
+    );
   }
 
   destroy() {

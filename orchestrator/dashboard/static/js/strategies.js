@@ -21,8 +21,12 @@ function states(rounds, name, width) {
     rounds.forEach((round, k) => {
       const state = of(round, name)?.state;
       const x = 6 + k * step;
-      if (state === "done") step > 7 ? pen.circle(x, 8, 3, { fill: colour("soft") }) : pen.rects([[x, 5, step, 6]], { fill: colour("soft") });
-      else if (state) pen.circle(x, 8, 3.5, { stroke: colour("ink"), width: 1.5, fill: colour("paper") });
+      if (state === "done")
+        step > 7
+          ? pen.circle(x, 8, 3, { fill: colour("soft") })
+          : pen.rects([[x, 5, step, 6]], { fill: colour("soft") });
+      else if (state)
+        pen.circle(x, 8, 3.5, { stroke: colour("ink"), width: 1.5, fill: colour("paper") });
       else pen.rects([[x - 1.5, 7.5, 3, 1]], { fill: colour("faint") });
     });
   });
@@ -35,7 +39,11 @@ export class Strategies {
     this.panels = new Map();
     this.sections = new Map();
     this.root = h("div", { class: "stack" });
-    this.empty = nothing("Here every strategy of the run will report its own numbers, from the first committed round on. ", h("code", {}, "farflung strategies"), " lists what there is.");
+    this.empty = nothing(
+      "Here every strategy of the run will report its own numbers, from the first committed round on. ",
+      h("code", {}, "farflung strategies"),
+      " lists what there is.",
+    );
     root.append(this.root, this.empty);
   }
 
@@ -48,7 +56,8 @@ export class Strategies {
     const names = [...new Set([...run.strategies, ...seen])];
     this.empty.hidden = seen.length > 0;
     for (const name of names) this.section(name, done, x);
-    if (!names.length) this.root.replaceChildren(h("p", {}, "No strategy: plain federated averaging."));
+    if (!names.length)
+      this.root.replaceChildren(h("p", {}, "No strategy: plain federated averaging."));
   }
 
   section(name, rounds, x) {
@@ -56,9 +65,14 @@ export class Strategies {
     if (!parts) {
       parts = { head: h("div", { class: "heading" }), grid: h("div", { class: "multiples" }) };
       this.sections.set(name, parts);
-      this.root.append(h("section", { class: "strategy", "data-strategy": name }, parts.head, parts.grid));
+      this.root.append(
+        h("section", { class: "strategy", "data-strategy": name }, parts.head, parts.grid),
+      );
     }
-    const keys = [...new Set(rounds.flatMap((round) => Object.keys(of(round, name)?.report ?? {})))];
+    const keys = [
+      ...new Set(rounds.flatMap((round) => Object.keys(of(round, name)?.report ?? {}))),
+    ];
+    parts.grid.hidden = !keys.length;
     parts.head.replaceChildren(...this.headOf(name, rounds, keys.length));
     for (const key of keys) {
       const id = `${name}.${key}`;
@@ -85,9 +99,10 @@ export class Strategies {
     const bad = there.filter((round) => of(round, name).state !== "done");
     const took = there.map((round) => of(round, name).seconds).filter((t) => t !== null);
     const words = [];
-    if (took.length) words.push(`${seconds(took.reduce((a, b) => a + b, 0) / took.length)} a round`);
-    if (!there.length) words.push("nothing reported yet");
-    else if (!keys) words.push("reports no numbers");
+    if (took.length)
+      words.push(`${seconds(took.reduce((a, b) => a + b, 0) / took.length)} a round`);
+    if (!rounds.length) words.push("nothing reported yet");
+    else if (!keys) words.push("reports no numbers of its own");
     const last = bad.at(-1);
     const plugin = last && of(last, name);
     const reason = plugin && `${plugin.state} in round ${last.round}: ${plugin.reason}`;
@@ -95,8 +110,21 @@ export class Strategies {
     return [
       h("h2", {}, name),
       h("span", { class: "soft" }, words.join(" · ")),
-      there.length ? h("span", { class: "states" }, states(rounds, name, Math.min(width, 14 * rounds.length + 8))) : null,
-      reason ? h("p", { class: "soft" }, `${reason[0].toUpperCase()}${reason.slice(1)}. `, copy(`${name} ${reason}`)) : null,
+      there.length
+        ? h(
+            "span",
+            { class: "states" },
+            states(rounds, name, Math.min(width, 14 * rounds.length + 8)),
+          )
+        : null,
+      reason
+        ? h(
+            "p",
+            { class: "soft" },
+            `${reason[0].toUpperCase()}${reason.slice(1)}. `,
+            copy(`${name} ${reason}`),
+          )
+        : null,
     ].filter(Boolean);
   }
 

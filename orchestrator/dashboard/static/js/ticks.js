@@ -21,6 +21,9 @@ export function tickWords(at, { share = false } = {}) {
   const values = share ? at.map((x) => x * 100) : at;
   const decimals = (x) => (/\.(\d+)$/.exec(String(Number(x.toPrecision(10))))?.[1] ?? "").length;
   const places = Math.min(6, Math.max(0, ...values.map(decimals)));
-  const words = (x) => (Math.abs(x) >= 1e4 || (x && Math.abs(x) < 1e-4) ? plain(x) : x.toFixed(places).replace("-", "−"));
+  const words = (x) =>
+    Math.abs(x) >= 1e4 || (x && Math.abs(x) < 1e-4)
+      ? plain(x)
+      : x.toFixed(places).replace("-", "−");
   return values.map((x) => (share ? `${words(x)}\u202f%` : words(x)));
 }

@@ -24,8 +24,14 @@ export function stretch(pen, state, x0, x1, fill) {
   const middle = BAR / 2;
   const [h0, h1] = [Math.max(1.5, a * FULL) / 2, Math.max(1.5, b * FULL) / 2];
   const x = Math.max(x1, x0 + 0.75);
-  const corners = [[x0, middle - h0], [x, middle - h1], [x, middle + h1], [x0, middle + h0]];
-  const alpha = { training: 1, asked: 0.5, waiting: 0.6, preparing: 0.45, encoding: 0.7 }[state] ?? 0.75;
+  const corners = [
+    [x0, middle - h0],
+    [x, middle - h1],
+    [x, middle + h1],
+    [x0, middle + h0],
+  ];
+  const alpha =
+    { training: 1, asked: 0.5, waiting: 0.6, preparing: 0.45, encoding: 0.7 }[state] ?? 0.75;
   pen.path(corners, { fill, alpha, close: true });
 }
 
@@ -37,12 +43,21 @@ export const isBad = (state) => BAD.has(state);
 export const spans = (row) => row.phases.filter((phase) => phase.state in HEIGHTS);
 
 /** Whether the site is still at it. */
-export const isOpen = (row) => row.phases.at(-1)?.end === null && row.phases.at(-1).state in HEIGHTS;
+export const isOpen = (row) =>
+  row.phases.at(-1)?.end === null && row.phases.at(-1).state in HEIGHTS;
 
 /** From the first stretch to the end of the last, in seconds; null before there is any. */
 export function took(row, now) {
   const work = spans(row);
   return work.length ? (work.at(-1).end ?? now) - work[0].start : null;
+}
+
+/** Examples per second: the last that was heard, or what the whole training comes to. */
+export function speed(row) {
+  if (row.examples_per_s !== null) return row.examples_per_s;
+  const training = row.phases.find((phase) => phase.state === "training");
+  if (row.unit !== "epochs" || !row.planned || !row.examples || !training?.end) return null;
+  return (row.examples * row.planned) / Math.max(1e-3, training.end - training.start);
 }
 
 /** The bar of a row; `domain` is [start, end] in seconds since the epoch. */
@@ -57,7 +72,15 @@ export function bar(pen, width, row, domain, fill, now) {
   if (isOpen(row) && row.eta_s) {
     // What is still to come is outlined, as far as it can be foreseen.
     const [a, b, middle] = [x(last), x(last + row.eta_s), BAR / 2];
-    pen.path([[a, middle - FULL / 2], [b, middle - FULL / 2], [b, middle + FULL / 2], [a, middle + FULL / 2]], { stroke: fill, alpha: 0.7 });
+    pen.path(
+      [
+        [a, middle - FULL / 2],
+        [b, middle - FULL / 2],
+        [b, middle + FULL / 2],
+        [a, middle + FULL / 2],
+      ],
+      { stroke: fill, alpha: 0.7 },
+    );
   }
   if (isBad(row.state)) {
     const [cx, cy, r] = [x(last) + 6, BAR / 2, 4];
@@ -66,17 +89,27 @@ export function bar(pen, width, row, domain, fill, now) {
   }
 }
 
-const SERVER = [["reducing", 1], ["refining", 0.6], ["assessing", 0.35], ["committing", 1]];
+const SERVER = [
+  ["reducing", 1],
+  ["refining", 0.6],
+  ["assessing", 0.35],
+  ["committing", 1],
+];
 
 /** What the orchestrator does after the round has closed. */
 export function serverBar(pen, width, round, domain) {
   if (round.closed === null) return;
-  const x = (t) => (width - 10) * Math.min(1, Math.max(0, (t - domain[0]) / (domain[1] - domain[0] || 1)));
+  const x = (t) =>
+    (width - 10) * Math.min(1, Math.max(0, (t - domain[0]) / (domain[1] - domain[0] || 1)));
   let at = round.closed;
   for (const [phase, share] of SERVER) {
     const length = round.seconds[phase] ?? 0;
     const h = FULL * share;
-    if (length) pen.rects([[x(at), (BAR - h) / 2, Math.max(1, x(at + length) - x(at) - 0.5), h]], { fill: colour("ink"), alpha: 0.75 });
+    if (length)
+      pen.rects([[x(at), (BAR - h) / 2, Math.max(1, x(at + length) - x(at) - 0.5), h]], {
+        fill: colour("ink"),
+        alpha: 0.75,
+      });
     at += length;
   }
 }
@@ -85,12 +118,27 @@ export function serverBar(pen, width, round, domain) {
 export function scale(pen, width, domain) {
   const span = domain[1] - domain[0];
   const unit = span > 300 ? 1 / 60 : 1;
-  pen.path([[0, 0.5], [width - 10, 0.5]], { stroke: colour("hair") });
+  pen.path(
+    [
+      [0, 0.5],
+      [width - 10, 0.5],
+    ],
+    { stroke: colour("hair") },
+  );
   for (const t of ticks(0, span, Math.max(2, width / 90), { unit })) {
     const x = ((width - 10) * t) / span;
     if (x > width - 24) continue;
-    pen.path([[x, 0], [x, 4]], { stroke: colour("hair") });
+    pen.path(
+      [
+        [x, 0],
+        [x, 4],
+      ],
+      { stroke: colour("hair") },
+    );
     const words = `${Math.round(t * unit * 10) / 10}\u202f${unit === 1 ? "s" : "min"}`;
-    pen.text(Math.max(x, 0), 16, words, { fill: colour("soft"), anchor: x < 12 ? "start" : "middle" });
+    pen.text(Math.max(x, 0), 16, words, {
+      fill: colour("soft"),
+      anchor: x < 12 ? "start" : "middle",
+    });
   }
 }

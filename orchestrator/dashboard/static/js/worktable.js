@@ -5,20 +5,36 @@ import { bytes, plain, rate, seconds } from "./format.js";
 import { colour, siteColour } from "./palette.js";
 import { moved, picture } from "./pen.js";
 import { files } from "./panel.js";
-import { BAR, bar, isBad, isOpen, scale, serverBar, spans, stretch, took } from "./timeline.js";
+import {
+  BAR,
+  bar,
+  isBad,
+  isOpen,
+  scale,
+  serverBar,
+  spans,
+  speed,
+  stretch,
+  took,
+} from "./timeline.js";
 
 const nowS = () => Date.now() / 1000;
 
 /** From the start of a round to its end, or to where it is expected to end. */
 function domainOf(round, now) {
-  const ends = round.sites.map((row) => (spans(row).at(-1)?.end ?? now) + (isOpen(row) ? (row.eta_s ?? 0) : 0));
+  const ends = round.sites.map(
+    (row) => (spans(row).at(-1)?.end ?? now) + (isOpen(row) ? (row.eta_s ?? 0) : 0),
+  );
   const last = round.committed ?? round.closed ?? 0;
   return [round.started, Math.max(round.started + 1, last, ...ends)];
 }
 
 function doneWords(row) {
+  // What was counted is complete, whatever was last heard of its progress.
+  if (row.state === "counted" && row.planned) return `${plain(row.planned)} ${row.unit}`;
   if (row.done === null) return "";
-  if (row.planned && row.done < row.planned) return `${plain(row.done)} of ${plain(row.planned)} ${row.unit}`;
+  if (row.planned && row.done < row.planned)
+    return `${plain(row.done)} of ${plain(row.planned)} ${row.unit}`;
   return `${plain(row.done)} ${row.unit}`;
 }
 
@@ -30,13 +46,23 @@ function timeWords(row) {
 export class WorkTable {
   /** @param sites names in the order that gives them their colours */
   constructor(id, title) {
-    Object.assign(this, { id, titleWords: title, round: null, sites: [], lines: new Map(), urgent: false });
+    Object.assign(this, {
+      id,
+      titleWords: title,
+      round: null,
+      sites: [],
+      lines: new Map(),
+      urgent: false,
+    });
     this.rows = h("div", { class: "rows" });
     this.heading = h("h2", {}, title);
     this.node = h("figure", { class: "work", "data-chart": id });
     const saves = files(id, title, () => this.drawing(), this.node);
     this.key = h("div", { class: "glyphs", "aria-hidden": "true" });
-    this.node.append(h("figcaption", { class: "caption" }, this.heading, this.key, saves), this.rows);
+    this.node.append(
+      h("figcaption", { class: "caption" }, this.heading, this.key, saves),
+      this.rows,
+    );
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.rows);
     this.ticks = 0;
@@ -62,9 +88,15 @@ export class WorkTable {
     const key = JSON.stringify([rows.map((row) => row.site), round.closed !== null, sites]);
     if (this.key_ !== key) {
       this.key_ = key;
-      this.lines = new Map(rows.map((row) => [row.site, this.line(row.site, order.get(row.site) ?? -1)]));
+      this.lines = new Map(
+        rows.map((row) => [row.site, this.line(row.site, order.get(row.site) ?? -1)]),
+      );
       const server = round.closed === null ? [] : [this.server()];
-      this.rows.replaceChildren(...[...this.lines.values()].map((line) => line.node), ...server, this.axis());
+      this.rows.replaceChildren(
+        ...[...this.lines.values()].map((line) => line.node),
+        ...server,
+        this.axis(),
+      );
     }
     for (const row of rows) this.fill(this.lines.get(row.site), row);
     this.sayServer();
@@ -72,9 +104,22 @@ export class WorkTable {
   }
 
   line(site, index) {
-    const cells = Object.fromEntries(["bar", "state", "done", "speed", "sent", "left"].map((name) =>
-      [name, h("span", { class: { bar: "bar", state: "state", speed: "num far", sent: "num far" }[name] ?? `num ${name}` })]));
-    const name = h("span", { class: "name" }, h("i", { class: "key", style: { "--c": siteColour(index) } }), site);
+    const cells = Object.fromEntries(
+      ["bar", "state", "done", "speed", "sent", "left"].map((name) => [
+        name,
+        h("span", {
+          class:
+            { bar: "bar", state: "state", speed: "num far", sent: "num far" }[name] ??
+            `num ${name}`,
+        }),
+      ]),
+    );
+    const name = h(
+      "span",
+      { class: "name" },
+      h("i", { class: "key", style: { "--c": siteColour(index) } }),
+      site,
+    );
     const reason = h("span", { class: "reason", hidden: true });
     const node = h("div", { class: "row", "data-site": site }, name, Object.values(cells), reason);
     return { node, ...cells, reason, index, row: null };
@@ -88,20 +133,28 @@ export class WorkTable {
     line.state.classList.toggle("act", bad && this.urgent);
     say(line.state, row.state);
     say(line.done, doneWords(row));
-    say(line.speed, row.examples_per_s === null ? "" : rate(row.examples_per_s));
+    say(line.speed, speed(row) === null ? "" : rate(speed(row)));
     say(line.sent, row.sent_bytes ? `${bytes(row.sent_bytes)} sent` : "");
     say(line.left, timeWords(row));
     const reason = row.reason || this.round.missing[row.site] || "";
     if (line.reason.dataset.said === reason) return;
     line.reason.dataset.said = reason;
     line.reason.hidden = !reason;
-    line.reason.replaceChildren(`${reason.replace(/\.$/, "")}. `, copy(`${row.error || row.state}: ${reason}`));
+    line.reason.replaceChildren(
+      `${reason.replace(/\.$/, "")}. `,
+      copy(`${row.error || row.state}: ${reason}`),
+    );
   }
 
   server() {
     this.serverBar = h("span", { class: "bar" });
     this.serverWords = h("span", { class: "state wide" });
-    const name = h("span", { class: "name" }, h("i", { class: "key", style: { "--c": colour("ink") } }), "orchestrator");
+    const name = h(
+      "span",
+      { class: "name" },
+      h("i", { class: "key", style: { "--c": colour("ink") } }),
+      "orchestrator",
+    );
     return h("div", { class: "row server" }, name, this.serverBar, this.serverWords);
   }
 
@@ -109,12 +162,20 @@ export class WorkTable {
     const { round } = this;
     if (round.closed === null) return;
     const parts = ["reducing", "refining", "assessing"].filter((part) => round.seconds[part]);
-    say(this.serverWords, parts.map((part) => `${part} ${seconds(round.seconds[part])}`).join(" · "));
+    say(
+      this.serverWords,
+      parts.map((part) => `${part} ${seconds(round.seconds[part])}`).join(" · "),
+    );
   }
 
   axis() {
     this.axisBar = h("span", { class: "bar" });
-    return h("div", { class: "row axis", "aria-hidden": "true" }, h("span", { class: "name" }), this.axisBar);
+    return h(
+      "div",
+      { class: "row axis", "aria-hidden": "true" },
+      h("span", { class: "name" }),
+      this.axisBar,
+    );
   }
 
   /** What is drawn, from top to bottom: its place, its words, and how. */
@@ -128,8 +189,15 @@ export class WorkTable {
       paint: (pen, width) => bar(pen, width, line.row, domain, siteColour(line.index), now),
     }));
     if (round.closed !== null)
-      rows.push({ cell: this.serverBar, words: "orchestrator", paint: (pen, width) => serverBar(pen, width, round, domain) });
-    return [...rows, { cell: this.axisBar, words: "", paint: (pen, width) => scale(pen, width, domain) }];
+      rows.push({
+        cell: this.serverBar,
+        words: "orchestrator",
+        paint: (pen, width) => serverBar(pen, width, round, domain),
+      });
+    return [
+      ...rows,
+      { cell: this.axisBar, words: "", paint: (pen, width) => scale(pen, width, domain) },
+    ];
   }
 
   draw() {
@@ -144,7 +212,12 @@ export class WorkTable {
     const states = ["preparing", "fetching", "training", "encoding", "sending"];
     this.key.replaceChildren(
       ...states.map((state) =>
-        h("span", {}, picture(18, BAR, "", (pen) => stretch(pen, state, 1, 17, colour("soft"))), state),
+        h(
+          "span",
+          {},
+          picture(18, BAR, "", (pen) => stretch(pen, state, 1, 17, colour("soft"))),
+          state,
+        ),
       ),
     );
   }
@@ -167,9 +240,35 @@ export class WorkTable {
   }
 
   table() {
-    const columns = ["site", "state", "reason", "done", "planned", "unit", "loss", "examples", "examples/s", "received bytes", "sent bytes", "norm", "weight"];
+    const columns = [
+      "site",
+      "state",
+      "reason",
+      "done",
+      "planned",
+      "unit",
+      "loss",
+      "examples",
+      "examples/s",
+      "received bytes",
+      "sent bytes",
+      "norm",
+      "weight",
+    ];
     const rows = (this.round?.sites ?? []).map((r) => [
-      r.site, r.state, r.reason, r.done, r.planned, r.unit, r.loss, r.examples, r.examples_per_s, r.received_bytes, r.sent_bytes, r.norm, r.weight,
+      r.site,
+      r.state,
+      r.reason,
+      r.done,
+      r.planned,
+      r.unit,
+      r.loss,
+      r.examples,
+      r.examples_per_s,
+      r.received_bytes,
+      r.sent_bytes,
+      r.norm,
+      r.weight,
     ]);
     return { columns, rows, title: this.titleWords };
   }

@@ -175,7 +175,7 @@ def notes(entry: views.Round) -> str:
     if entry.state == "committed" and not entry.assessed:
         found.append("unassessed")
     found += [f"{p.name} {p.state}: {p.reason}" for p in entry.plugins if p.state != "done"]
-    if entry.reason:
+    if entry.reason and (entry.missing or entry.state in ("held", "abandoned")):
         found.append(entry.reason)
     return "; ".join(found)
 

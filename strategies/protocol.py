@@ -190,7 +190,10 @@ class Strategy(BaseModel):
     # -- assess ---------------------------------------------------------------------------------
 
     def evaluate(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Site: extra statistics of all val samples as sums (n, classes), (n,) -> name to tensor."""
+        """Site: extra statistics of some val samples, (n, classes) and (n,) -> name to tensor.
+
+        Sums over the samples: those of all batches of all sites are added.
+        """
         return {}
 
     def calibrate(self, sums: Tensors) -> Calibration | None:

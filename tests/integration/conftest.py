@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import arithmetic
 from orchestrator.compute import ComputeClient, ComputeConfig, InProcessCompute
-from tests.integration.compute_functions import FUNCTIONS
+from tests.integration import compute_functions
 
+FUNCTIONS = {**arithmetic.FUNCTIONS, **compute_functions.FUNCTIONS}
 START_S = 90.0  # Ray came up in 3 to 11 s; the rest is for a busy host
 
 

@@ -126,6 +126,8 @@ class Board:
             if row is None or (row.state in FINAL and state not in FINAL):
                 return
             row.error, row.reason = error, reason
+            if state == "counted" and row.planned is not None:
+                row.done = row.planned
             row.enter(state, time.time())
         self._publish()
 

@@ -114,7 +114,12 @@ class AssessSection(Section):
 
 
 class RunConfig(Section):
-    """A run file."""
+    """A run file.
+
+    Attributes:
+        references: Scores to draw beside the run's own, such as ``centralised = 0.881`` (accuracy)
+            or ``"centralised.test.nll" = 0.36``; nothing depends on them.
+    """
 
     name: Name
     rounds: int = Field(ge=1, le=1_000_000)
@@ -126,6 +131,7 @@ class RunConfig(Section):
     assess: AssessSection = AssessSection()
     strategy: tuple[StrategyChoice, ...] | None = None
     on_error: Literal["skip", "hold"] = "skip"
+    references: dict[str, float] = {}
 
     @field_validator("strategy", mode="before")
     @classmethod

@@ -38,7 +38,7 @@ def launch(engine: Engine, text: str, start_from: str, start_file: bytes) -> Run
         init = config.init.model_copy(update={"start": start_from})
         config = config.model_copy(update={"init": init})
     _check_sites(engine, config)
-    _check_strategies(engine, config)
+    config = _check_strategies(engine, config)
     parent, config = _check_start(engine, config, start_file)
     identity = (
         f"{re.sub(r'[^a-z0-9]+', '-', config.name.lower()).strip('-')[:24]}-{uuid.uuid4().hex[:6]}"
@@ -94,7 +94,8 @@ def _check_sites(engine: Engine, config: RunConfig) -> None:
             )
 
 
-def _check_strategies(engine: Engine, config: RunConfig) -> None:
+def _check_strategies(engine: Engine, config: RunConfig) -> RunConfig:
+    """The configuration with every hyperparameter written out."""
     checked = engine.ask(
         "check_stack", {"stack": [c.model_dump(mode="json") for c in config.stack]}
     )
@@ -106,6 +107,8 @@ def _check_strategies(engine: Engine, config: RunConfig) -> None:
             f"{engine.home.config_file}",
             key="strategy",
         )
+    stack = tuple(c.model_copy(update={"params": checked["fields"][c.name]}) for c in config.stack)
+    return config.model_copy(update={"strategy": stack})
 
 
 def _check_start(

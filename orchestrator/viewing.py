@@ -164,6 +164,7 @@ class Viewing:
             sites=self._asked(config),
             epsilon=epsilon,
             scores=scores,
+            references=config.references,
             wire_bytes=wire,
             config_digest=row.config_digest,
             config=row.config,
@@ -193,9 +194,11 @@ class Viewing:
             parts.append(f"Finished after {len(history)} rounds")
         else:
             parts.append(f"{row.state.capitalize()} after {len(history)} of {row.rounds} rounds")
-        accuracy = next((scores[k] for k in ACCURACY if k in scores), None)
-        if accuracy is not None:
-            parts.append(f"{100 * accuracy:.1f} %")
+        key = next((k for k in ACCURACY if k in scores), None)
+        if key is not None:
+            reference = config.references.get("centralised")
+            beside = f" (centralised {100 * reference:.1f} %)" if reference is not None else ""
+            parts.append(f"{key.split('.')[0]} {100 * scores[key]:.1f} %{beside}")
         ece = scores.get("test_calibrated.ece", scores.get("test.ece"))
         if ece is not None:
             parts.append(f"ECE {100 * ece:.1f} %")

@@ -1,6 +1,8 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 # Tensors in tests are small: handing them to a second thread costs ten times what it saves
 # (measured with tests/unit/test_scores.py on two busy cores: 6.0 s against 0.5 s).
@@ -11,3 +13,32 @@ from hypothesis import settings
 # A machine that does other work makes an example slow, never wrong.
 settings.register_profile("farflung", deadline=None)
 settings.load_profile("farflung")
+
+import pytest  # noqa: E402
+
+from tests.support.field import Field  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    """The one federation of a test run: a daemon with its Ray, and three sites."""
+    field = Field(tmp_path_factory.mktemp("field"))
+    with field.federation:
+        yield field
+
+
+class FinishedRun(NamedTuple):
+    """A real run, and where its page is."""
+
+    run: str
+    dashboard_url: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(real: Field) -> FinishedRun:
+    """Four rounds with co-learning, distillation and calibration."""
+    strategy = [{"name": "co_learning"}, {"name": "self_distillation"}, {"name": "temperature"}]
+    config = real.config("watched", rounds=4, strategy=strategy)
+    run = real.federation.run(config, 200)
+    assert run.state == "finished", run.reason
+    return FinishedRun(run.id, real.federation.client.status().dashboard)

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.ledger import RoundRow
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned
 from orchestrator.rounds.gather import Closed
+from orchestrator.views import Plugin
 from protos.plan import Schedule
 
 
@@ -47,7 +48,7 @@ def summary(
         "close_reason": closed.reason,
         "weights": candidate.weights,
         "payloads": candidate.payloads,
-        "plugins": [p.model_dump(mode="json") for p in (*candidate.plugins, *assessed.plugins)],
+        "plugins": [p.model_dump(mode="json") for p in _plugins(candidate, assessed)],
         "assessed": assessed.done,
         "scores": _finite(assessed.scores),
         "site_scores": {s: _finite(v) for s, v in assessed.sites.items()},
@@ -60,6 +61,17 @@ def summary(
         "sites": [r.model_dump(mode="json") for r in rows],
         "finished": time.time(),
     }
+
+
+def _plugins(candidate: Candidate, assessed: Assessment) -> list[Plugin]:
+    """What each strategy reports: its own numbers, and those of what it remembers."""
+    out = [*candidate.plugins, *assessed.plugins]
+    named = {p.name for p in out}
+    for name, memo in candidate.memos.items():
+        numbers = {k: float(v) for k, v in memo.items() if isinstance(v, int | float)}
+        if name not in named and numbers:
+            out.append(Plugin(name=name, state="done", report=numbers))
+    return out
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:

@@ -10,77 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.federation import Federation
 from orchestrator.views import Event, Round, Run
+from tests.support.field import SITES, Field
 from tests.support.files import wait_for
-
-BLOBS = f"{Path(__file__).parents[1] / 'support' / 'blobs.py'}:Blobs"
-SITES = ("north", "south", "east")
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
 
 
-class Field:
-    """A federation whose sites have switches."""
-
-    def __init__(self, root: Path) -> None:
-        self.switches = {site: root / "switches" / site for site in SITES}
-        for folder in self.switches.values():
-            folder.mkdir(parents=True)
-        self.federation = Federation(
-            root,
-            {
-                site: {
-                    "tasks": {
-                        "blobs": {
-                            "source": BLOBS,
-                            "settings": {"part": i, "switches": str(self.switches[site])},
-                        }
-                    },
-                    "trainer": {"memory_bytes": 2 << 30},
-                }
-                for i, site in enumerate(SITES)
-            },
-            orchestrator_tasks={"blobs": {"source": BLOBS}},
-            daemon={"sites": {"heartbeat_s": 0.3}},
-            environment={"OMP_NUM_THREADS": "1"},
-            dashboard=False,
-        )
-
-    def config(self, name: str, **changes: Any) -> dict[str, Any]:
-        """A run of two rounds in which two of three sites suffice."""
-        return {
-            "name": name,
-            "rounds": 2,
-            "task": {"name": "blobs"},
-            "cohort": {"quorum": 2, "deadline_s": 120},
-            "local": {"work": {"epochs": 2}, "batch_size": 20, "lr": 0.1},
-            "strategy": [],
-            **changes,
-        }
-
-    def clear(self) -> None:
-        for folder in self.switches.values():
-            for file in folder.iterdir():
-                file.unlink()
-
-    def steps(self, site: str) -> int:
-        file = self.switches[site] / "steps"
-        return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
-    field = Field(tmp_path_factory.mktemp("f"))
-    with field.federation:
-        yield field
-
-
 @pytest.fixture
-def field(started: Field) -> Iterator[Field]:
-    yield started
-    started.clear()
-    started.federation.await_sites(SITES)
+def field(real: Field) -> Iterator[Field]:
+    yield real
+    real.clear()
+    real.federation.await_sites(SITES)
 
 
 def site_row(round: Round, site: str) -> Any:
@@ -115,10 +56,8 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     assert rounds[-1].scores["test.accuracy"] > 0.7
     assert rounds[-1].scores["test.nll"] < rounds[0].scores["test.nll"]
     for round in rounds:
-        assert {p.name: p.state for p in round.plugins} == {
-            "feddf": "done",
-            "temperature": "done",
-        }, [p.reason for p in round.plugins]
+        states = {p.name: p.state for p in round.plugins}
+        assert states["feddf"] == states["temperature"] == "done", round.plugins
         assert round.scores["test_calibrated.accuracy"] == round.scores["test.accuracy"]
         assert {row.state for row in round.sites} == {"counted"}
         assert round.wire_bytes > 0

@@ -1,0 +1,60 @@
+"""A federation on the field: three sites whose faults a test can switch on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.federation import Federation
+
+BLOBS = f"{Path(__file__).parent / 'blobs.py'}:Blobs"
+SITES = ("north", "south", "east")
+
+
+class Field:
+    """A federation whose sites have switches."""
+
+    def __init__(self, root: Path) -> None:
+        self.switches = {site: root / "switches" / site for site in SITES}
+        for folder in self.switches.values():
+            folder.mkdir(parents=True)
+        self.federation = Federation(
+            root,
+            {
+                site: {
+                    "tasks": {
+                        "blobs": {
+                            "source": BLOBS,
+                            "settings": {"part": i, "switches": str(self.switches[site])},
+                        }
+                    },
+                    "trainer": {"memory_bytes": 2 << 30, "threads": 1},
+                }
+                for i, site in enumerate(SITES)
+            },
+            orchestrator_tasks={"blobs": {"source": BLOBS}},
+            daemon={"sites": {"heartbeat_s": 0.3}},
+        )
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A run of two rounds in which two of three sites suffice; ``changes`` replace keys."""
+        return {
+            "name": name,
+            "rounds": 2,
+            "task": {"name": "blobs"},
+            "cohort": {"quorum": 2, "deadline_s": 120},
+            "local": {"work": {"epochs": 2}, "batch_size": 20, "lr": 0.1},
+            "strategy": [],
+            **changes,
+        }
+
+    def clear(self) -> None:
+        """Switch every fault off and forget the steps."""
+        for folder in self.switches.values():
+            for file in folder.iterdir():
+                file.unlink()
+
+    def steps(self, site: str) -> int:
+        """Training steps that a site has made since the switches were cleared."""
+        file = self.switches[site] / "steps"
+        return len(file.read_text().splitlines()) if file.exists() else 0

@@ -270,6 +270,16 @@ class TaskSource(Section):
     settings: dict[str, Any] = {}
 
 
+class LedgerSection(Section):
+    """Where the ledger is.
+
+    Attributes:
+        url: ``postgresql://…``; empty: the SQLite file in the home.
+    """
+
+    url: str = ""
+
+
 class DaemonConfig(Section):
     """``farflung.toml``."""
 
@@ -279,6 +289,7 @@ class DaemonConfig(Section):
     plugins: PluginSection = PluginSection()
     retention: RetentionSection = RetentionSection()
     sites: SitesSection = SitesSection()
+    ledger: LedgerSection = LedgerSection()
     tasks: dict[Name, TaskSource] = {}
 
 

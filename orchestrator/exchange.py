@@ -19,6 +19,7 @@ from orchestrator.gathering import Decision, Gathering, Member
 from orchestrator.ledger import Ledger, PlanRow
 from orchestrator.sessions import Sessions
 from orchestrator.views import WorkState
+from protos.errors import NotFound
 from protos.v1 import site_pb2
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,12 @@ class Exchange:
         self._board.note(site, received=received, sent=sent)
 
     def left_run(self, site: str, run: str) -> None:
-        """A site takes no further part in a run."""
+        """A site takes no further part in a run, named by id or name."""
+        try:
+            run = self._ledger.run(run).id
+        except NotFound as error:
+            self._note("warning", site, f"site {site} wants to leave a run: {error.message}")
+            return
         self.left.add((run, site))
         self._note("warning", site, f"site {site} left the run {run}")
         if self._plan_id.startswith(f"{run}/"):

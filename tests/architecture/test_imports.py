@@ -139,3 +139,10 @@ def declared(requirements: list[str]) -> set[str]:
     names = {re.split(r"[^A-Za-z0-9_.-]", item, maxsplit=1)[0] for item in requirements}
     renamed = {"grpcio": "grpc", "protobuf": "google"}
     return {renamed.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_the_daemon_holds_no_tensors_and_no_code_of_tasks() -> None:
+    """ADR 0009: whatever needs torch runs in the compute process."""
+    loaded = loaded_by([sys.executable, "-c", "import orchestrator.daemon"])
+    assert not roots(loaded) & {"torch", "ray", "strategies"}
+    assert not [m for m in loaded if m.startswith("orchestrator.arithmetic.")]

@@ -7,8 +7,6 @@ import re
 import sys
 from typing import Any
 
-from pydantic_core import PydanticUndefined
-
 from strategies.protocol import Strategy
 from strategies.registry import catalogue
 from strategies.row import Row
@@ -47,7 +45,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
             {
                 "name": name,
                 "type": _type(field.annotation),
-                "default": None if field.default is PydanticUndefined else field.default,
+                "default": None if field.is_required() else field.get_default(call_default_factory=True),
                 "constraints": _constraints(field.metadata),
                 "doc": about.get(name, ""),
             }

@@ -83,8 +83,9 @@ def test_the_closing_table(demos: list[Demo], tmp_path: Path) -> None:
         assert row["nll"] > 0
         assert 0 <= row["ece_after"] <= 1
     learned, averaged = found["results"][:2]
-    assert learned["wire_bytes"] == averaged["wire_bytes"]
-    assert (Path(found["model"]) / "model.safetensors").is_file()
+    model = Path(found["model"]) / "model.safetensors"
+    # Both start from the same first model, which the sites may still have from the run before.
+    assert 0 <= learned["wire_bytes"] - averaged["wire_bytes"] <= 3 * model.stat().st_size
     assert Path(found["ledger"]).is_file()
     assert found["dashboard"].startswith("http://127.0.0.1:")
     assert demo.left() == []

@@ -47,6 +47,9 @@ def serve(home: Home = None, as_json: Json = False) -> None:
 
     from orchestrator import views
     from orchestrator.daemon import serve as run_daemon
+    from protos.distribution import check_distribution
+
+    check_distribution()
 
     def ready(daemon: views.Daemon) -> None:
         if as_json:

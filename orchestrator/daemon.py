@@ -20,6 +20,7 @@ import grpc
 
 from orchestrator import __version__
 from orchestrator.arithmetic import FUNCTIONS
+from orchestrator.blocks import Blocks
 from orchestrator.board import Board
 from orchestrator.client import OperatorClient
 from orchestrator.compute.client import ComputeClient
@@ -28,7 +29,7 @@ from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.exchange import Exchange
 from orchestrator.home import Home, split_address
 from orchestrator.intake import Intake
-from orchestrator.ledger import EventLog, Ledger, PlanRow
+from orchestrator.ledger import EventLog, Ledger
 from orchestrator.operator_service import OperatorService
 from orchestrator.operator_socket import OperatorSocket
 from orchestrator.rounds.engine import Engine
@@ -39,10 +40,8 @@ from orchestrator.store import Store
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon as DaemonView
 from orchestrator.views import Event
-from protos.contribution import Header
 from protos.errors import Unavailable
 from protos.identity import certificate_pem
-from protos.plan import Plan
 from protos.rpc import ErrorInterceptor
 from protos.v1 import operator_pb2_grpc, site_pb2_grpc
 
@@ -87,7 +86,7 @@ class Daemon:
         self._closing.callback(home.lock().close)
         home.make_folders()
         config = self.config = home.config
-        self.ledger = Ledger.open(home.ledger)
+        self.ledger = Ledger.open(config.ledger.url or home.ledger)
         self._closing.callback(self.ledger.close)
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
@@ -149,7 +148,8 @@ class Daemon:
     def _serve_sites(self) -> None:
         home, config = self.home, self.config
         doorkeeper = Doorkeeper(self.ledger, home.federation)
-        intake = Intake(self.ledger, self.store, home.spool, self._check_blocks)
+        intake = Intake(self.ledger, self.store, home.spool, Blocks(self.engine))
+        intake.sweep()
         server = grpc.server(
             ThreadPoolExecutor(SITE_THREADS, thread_name_prefix="site-rpc"),
             interceptors=[ErrorInterceptor()],
@@ -308,29 +308,13 @@ class Daemon:
         self._publish_site(site, f"site {site} is gone")
 
     def _on_compute(self, kind: str, facts: dict[str, Any]) -> None:
-        detail = str(facts.get("message") or facts.get("reason") or facts.get("confinement") or "")
+        level = facts.get("level")
+        confined = f"Ray {facts.get('ray', '')}, confined by {level}" if level else ""
+        detail = str(facts.get("message") or facts.get("reason") or confined)
         state = {"ready": "ready", "failed": "failed"}.get(kind, "starting")
         self._compute_state = (state, detail)
-        level = "info" if kind == "ready" else "error" if kind == "failed" else "warning"
-        self.note(level, "", None, "", f"compute: {kind}{': ' + detail if detail else ''}")
-
-    def _check_blocks(
-        self, row: PlanRow, header: Header, header_file: Path, payload: Path
-    ) -> tuple[float | None, str]:
-        plan = Plan.decode(row.plan)
-        with self.engine.scratch("check") as folder:
-            value = self.engine.ask(
-                "check_blocks",
-                {
-                    "manifest": str(self.engine.manifest_file(folder, plan.manifest)),
-                    "covered": None if plan.groups is None else list(plan.groups),
-                    "stack": [c.model_dump(mode="json") for c in plan.stack],
-                    "header": str(header_file),
-                    "payload": str(payload),
-                    "site": header.site,
-                },
-            )
-        return value["norm"], value["bad"]
+        urgency = "info" if kind == "ready" else "error" if kind == "failed" else "warning"
+        self.note(urgency, "", None, "", f"compute: {kind}{': ' + detail if detail else ''}")
 
     # -- life -----------------------------------------------------------------------------------------
 

@@ -12,19 +12,26 @@ import logging
 import math
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from orchestrator.doorkeeper import Caller
+from orchestrator.finiteness import first_bad, first_model_spans, side_spans, tensor_spans
 from orchestrator.ledger import ContributionRow, Ledger, PlanRow
 from orchestrator.store import Store
-from protos.chunks import ChunkFile, write_durably
+from protos.chunks import ChunkFile, missing_chunks, write_durably
 from protos.contribution import Header
-from protos.errors import ContributionRefused, DataCorrupt, FarflungError, NotFound
+from protos.errors import (
+    ContributionRefused,
+    FarflungError,
+    ManifestInvalid,
+    NotFound,
+    Unavailable,
+)
 from protos.identity import verify_header
 from protos.manifest import MAX_BYTES, Index, Manifest
 from protos.plan import Plan
@@ -35,7 +42,8 @@ log = logging.getLogger(__name__)
 MAX_SIDE_BYTES = 256 << 20
 """Side payloads of one contribution, together (init and assess carry everything in them)."""
 
-BLOCK_BYTES = 1 << 20
+TURN_S = 30.0
+"""How long a stream waits for an older one of the same contribution to end."""
 
 BlockCheck = Callable[[PlanRow, Header, Path, Path], tuple[float | None, str]]
 """Plan, header, header's file, payload's file -> norm and first bad tensor; for wire codecs."""
@@ -75,6 +83,8 @@ class Intake:
     def __init__(self, ledger: Ledger, store: Store, spool: Path, check_blocks: BlockCheck) -> None:
         self._ledger, self._store, self._spool = ledger, store, spool
         self._check_blocks = check_blocks
+        self._turns = threading.Condition()
+        self._busy: set[str] = set()
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -155,13 +165,38 @@ class Intake:
     def _folder(self, site: str, contribution: str) -> Path:
         return self._spool / re.sub(r"[^A-Za-z0-9._-]", "_", site) / contribution
 
-    def open(self, announced: Announced) -> ChunkFile:
-        """The file that a contribution is received into; goes on where it was."""
-        folder = self._folder(announced.header.site, announced.header.digest)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_durably(folder / "head.index", announced.index.encoded)
-        write_durably(folder / "head.header", announced.encoded)
-        return ChunkFile(folder / "payload", announced.index)
+    @contextmanager
+    def receiving(self, announced: Announced) -> Iterator[ChunkFile]:
+        """The file that a contribution is received into; goes on where it was.
+
+        One stream at a time: a site that connected again may be sending while its older stream is
+        not known to be broken, or has just been taken as complete. What is refused in the block
+        for good leaves nothing behind.
+
+        Raises:
+            Unavailable: The older stream does not end.
+        """
+        site, contribution = announced.header.site, announced.header.digest
+        with self._turns:
+            if not self._turns.wait_for(lambda: contribution not in self._busy, TURN_S):
+                raise Unavailable(
+                    f"site {site}: another stream sends this contribution; try again", site=site
+                )
+            self._busy.add(contribution)
+        try:
+            folder = self._folder(site, contribution)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_durably(folder / "head.index", announced.index.encoded)
+            write_durably(folder / "head.header", announced.encoded)
+            with ChunkFile(folder / "payload", announced.index) as file:
+                yield file
+        except (ContributionRefused, ManifestInvalid):
+            self.forget(site, contribution)
+            raise
+        finally:
+            with self._turns:
+                self._busy.discard(contribution)
+                self._turns.notify_all()
 
     def missing(self, caller: Caller, plan_id: str) -> list[tuple[int, int]] | None:
         """Chunks that are missing of the caller's contribution to a plan; None: never heard of it."""
@@ -174,8 +209,7 @@ class Intake:
             except (FarflungError, OSError):
                 continue
             if header.plan_id == plan_id:
-                with ChunkFile(child / "payload", index) as file:
-                    return file.missing()
+                return missing_chunks(child / "payload", index)
         return None
 
     def receive(self, file: ChunkFile, chunks: Iterator[common_pb2.Chunk], site: str) -> int:
@@ -188,7 +222,7 @@ class Intake:
         for chunk in chunks:
             try:
                 file.write(chunk.number, chunk.data)
-            except (DataCorrupt, FarflungError) as error:
+            except FarflungError as error:
                 raise ContributionRefused(f"site {site}: {error.message}", site=site) from None
             received += len(chunk.data)
         return received
@@ -206,7 +240,6 @@ class Intake:
         folder = file.path.parent
         norm, bad = self._examine(announced, folder)
         if bad:
-            self.forget(site, header.digest)
             raise ContributionRefused(
                 f"site {site}, tensor {bad}: it holds NaN or infinity; the contribution is not used",
                 site=site,
@@ -241,7 +274,9 @@ class Intake:
         }[acceptance.verdict]
         return common_pb2.Answer(
             verdict=verdict,
-            error="" if acceptance.verdict == "counted" else "RoundClosed",
+            error={"counted": "", "late": "RoundClosed", "refused": "ContributionRefused"}[
+                acceptance.verdict
+            ],
             message=acceptance.reason,
             plan_id=acceptance.plan_id,
             contribution=header.digest,
@@ -251,72 +286,33 @@ class Intake:
         """Remove what is left in the spool."""
         shutil.rmtree(self._folder(site, contribution), ignore_errors=True)
 
+    def sweep(self) -> None:
+        """Remove what arrived in part for plans that are over; for the daemon's start."""
+        for folder in self._spool.glob("*/*"):
+            try:
+                header = Header.decode((folder / "head.header").read_bytes())
+                row = self._ledger.plan(header.plan_id, header.site)
+                wanted = row is not None and any(
+                    p.work_digest == row.work_digest for p in self._ledger.open_plans(header.site)
+                )
+            except (FarflungError, OSError):
+                wanted = False
+            if not wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _examine(self, announced: Announced, folder: Path) -> tuple[float | None, str]:
         plan, header = announced.plan, announced.header
         payload = folder / "payload"
         if plan.kind in ("assess", "reassess"):
-            return None, _first_bad(payload, _side_spans(header, Manifest(())))[1]
+            return None, first_bad(payload, side_spans(header, Manifest(())))[1]
         if plan.kind == "init":
-            return None, ""  # checked when it is taken apart, see rounds.first
+            spans = first_model_spans(header, payload, announced.index.nbytes)
+            return None, first_bad(payload, spans)[1]
         covered = self.covered(plan)
-        side = _first_bad(payload, _side_spans(header, covered))[1]
+        side = first_bad(payload, side_spans(header, covered))[1]
         if header.codec:
             norm, bad = self._check_blocks(announced.row, header, folder / "head.header", payload)
             return norm, bad or side
-        spans = _tensor_spans(header, covered)
-        square, bad = _first_bad(payload, spans)
+        spans = tensor_spans(header, covered)
+        square, bad = first_bad(payload, spans)
         return (math.sqrt(square) if not bad else None), bad or side
-
-
-Span = tuple[str, str, int, int, bool]
-"""Tensor, dtype, first byte, one past the last, whether it counts for the norm."""
-
-
-def _tensor_spans(header: Header, covered: Manifest) -> list[Span]:
-    spans: list[Span] = []
-    for tile, (start, stop) in zip(covered.tiles, header.block_spans(covered), strict=True):
-        spec = tile.spec
-        if spec.kind == "counter":
-            continue
-        if spans and spans[-1][0] == spec.name:
-            spans[-1] = (*spans[-1][:3], stop, spans[-1][4])
-        else:
-            spans.append((spec.name, spec.wire_dtype, start, stop, spec.kind == "parameter"))
-    return spans
-
-
-def _side_spans(header: Header, covered: Manifest) -> list[Span]:
-    where = header.payload_spans(covered)
-    return [
-        (p.name, p.dtype, *where[p.name], False)
-        for p in header.payloads
-        if p.dtype in ("float32", "float64", "float16")
-    ]
-
-
-def _first_bad(path: Path, spans: list[Span]) -> tuple[float, str]:
-    """Sum of squares over the spans that count, and the first tensor that is not finite.
-
-    A sum of squares that is finite proves that all are (at a third of a scan's cost); one that is
-    not may have overflowed, so the block is then looked at.
-    """
-    total = 0.0
-    with path.open("rb", buffering=0) as file:
-        for name, dtype, start, stop, counts in spans:
-            file.seek(start)
-            left = stop - start
-            while left > 0:
-                data = file.read(min(BLOCK_BYTES, left))
-                if not data:
-                    return math.nan, name
-                left -= len(data)
-                values = np.frombuffer(data, dtype=np.dtype(dtype))
-                with np.errstate(over="ignore", invalid="ignore"):
-                    square = float(np.dot(values, values))
-                if not math.isfinite(square):
-                    if not bool(np.isfinite(values).all()):
-                        return math.nan, name
-                    wide = values.astype(np.float64)
-                    square = float(np.dot(wide, wide))
-                total += square if counts else 0.0
-    return total, ""

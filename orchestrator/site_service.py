@@ -279,11 +279,13 @@ class BulkService(site_pb2_grpc.BulkServicer):
         try:
             announced = self._intake.announce(caller, first.head)
             plan_id = announced.header.plan_id
-            settled = self._settled(plan_id, site, announced.header.digest)
-            if settled is not None:
-                return settled
-            file = self._intake.open(announced)
-            with file:
+            with self._intake.receiving(announced) as file:
+                # Asked only now: an older stream may just have had its answer.
+                settled = self._settled(plan_id, site, announced.header.digest)
+                if settled is not None:
+                    file.discard()
+                    self._intake.forget(site, announced.header.digest)
+                    return settled
                 chunks = (m.chunk for m in request_iterator if m.WhichOneof("kind") == "chunk")
                 received = self._intake.receive(file, chunks, site)
                 self._listener.moved(site, sent=received)
@@ -315,8 +317,9 @@ class BulkService(site_pb2_grpc.BulkServicer):
         name = type(error).__name__
         log.warning("contribution refused: %s", error.message, extra={"site": site})
         if self._ledger.plan(plan_id, site) is not None:
-            self._ledger.answer_plan(plan_id, site, "refused", name, error.message)
-            self._listener.failed(site, plan_id, name, error.message, "refused")
+            stands = self._ledger.answer_plan(plan_id, site, "refused", name, error.message)
+            if stands.answer == "refused":  # and not counted: another one was there before
+                self._listener.failed(site, plan_id, name, error.message, "refused")
         return _answer("refused", plan_id, "", name, error.message)
 
     def ContributionStatus(

@@ -105,22 +105,20 @@ class ChunkFile:
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
-        self._record = path.with_name(path.name + ".have")
-        fresh = not (path.exists() and self._record.exists())
-        if not fresh:
-            known = self._record.read_bytes()
-            fresh = known[:64] != index.digest.encode() or len(known) != 64 + len(index.chunks)
-        if fresh and self._record.exists():  # it must never vouch for the file that is made now
+        self._record = _record_of(path)
+        known = _recorded(path, index)
+        if known is None and self._record.exists():
+            # It must never vouch for the file that is made now.
             self._record.unlink()
             sync_folder(path.parent)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if fresh:
+        if known is None:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, index.nbytes)
             self._have = bytearray(len(index.chunks))
             self._save()
         else:
-            self._have = bytearray(known[64:])
+            self._have = known
         self._unsaved = 0
 
     def missing(self) -> list[tuple[int, int]]:
@@ -203,10 +201,34 @@ class ChunkFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close."""
         self.close()
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(path.name + ".have")
+
+
+def _recorded(path: Path, index: Index) -> bytearray | None:
+    """Which chunks of a file are here by its record; None if there is no record of this index."""
+    try:
+        known = _record_of(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    if known[:64] != index.digest.encode() or len(known) != 64 + len(index.chunks):
+        return None
+    return bytearray(known[64:]) if path.exists() else None
+
+
+def missing_chunks(path: Path, index: Index) -> list[tuple[int, int]]:
+    """What `ChunkFile.missing` would say, without a hand on the file: somebody may be writing it."""
+    have = _recorded(path, index) or bytes(len(index.chunks))
+    return ranges(i for i, here in enumerate(have) if not here)
 
 
 def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

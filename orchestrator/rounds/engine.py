@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.board import Board
+from orchestrator.compute.errors import FunctionFailed
 from orchestrator.compute.interface import Compute
 from orchestrator.config import DaemonConfig, RunConfig
 from orchestrator.exchange import Exchange
@@ -23,7 +24,7 @@ from orchestrator.store import Store
 from orchestrator.views import Plugin
 from protos.chunks import write_durably
 from protos.contribution import Header
-from protos.errors import ConfigInvalid
+from protos.errors import ConfigInvalid, FarflungError, by_name
 from protos.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -57,8 +58,16 @@ class Engine:
     stopping: Callable[[], bool] = field(default=lambda: False)
 
     def ask(self, function: str, args: dict[str, Any]) -> dict[str, Any]:
-        """One call of a function of `arithmetic.FUNCTIONS`."""
-        return self.compute.map(function, [args], COMPUTE_S)[0]
+        """One call of a function of `arithmetic.FUNCTIONS`.
+
+        Raises:
+            FarflungError: What the function raised, if it is in the tree of `protos/errors.py`.
+            ComputeFailed: It raised something else, or could not be run.
+        """
+        try:
+            return self.compute.map(function, [args], COMPUTE_S)[0]
+        except FunctionFailed as error:
+            raise _said(error) from error
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -125,6 +134,16 @@ class Engine:
             self.store.put_manifest(manifest)
             digests[place] = self.store.put_file(Path(part["path"]), manifest.digest).digest
         return Model(digests["shared"], digests.get("frozen", ""), digests.get("orchestrator", ""))
+
+
+def _said(error: FunctionFailed) -> FarflungError:
+    """What a function of ours said in words of ours; anything else stays a failure of compute."""
+    cls = by_name(str(error.facts.get("error", "")))
+    if cls is FarflungError:
+        return error
+    facts = {k: v for k, v in error.facts.items() if k in ("function", "where")}
+    message = error.message.partition(" at item 0 of 1: ")[2] or error.message
+    return cls(message.removesuffix(f" ({error.facts.get('where', '')})"), **facts)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]
     kept += [best] if best else []
     for row in kept:
         keep |= set(Model.of(row).parts().values())
+    if run.parent is not None and not history:  # it has not begun: its first base is there still
+        keep |= set(Model.of(ledger.round(*run.parent)).parts().values())
     if history:
         keep.add(history[-1].outer_state)
         keep |= {s["object"] for s in history[-1].summary.get("payloads", {}).values()}

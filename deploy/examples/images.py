@@ -235,12 +235,19 @@ class Digits(ImageTask):
     params: Params
 
     def model(self) -> nn.Module:
-        """The network: (n, 64) → (n, 10)."""
+        """The network: (n, 64) → (n, 10).
+
+        Weights start as He et al. proposed for rectifiers (arXiv 1502.01852): torch's smaller
+        default learns less in the first rounds (docs/evidence.md).
+        """
         widths = (64, *self.params.hidden)
         layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
+        for fan_in, fan_out in pairwise((*widths, CLASSES)):
+            layer = nn.Linear(fan_in, fan_out)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
 
     def collection(self, half: Half) -> Pictures:
         """Reads one half of the digits."""

@@ -15,7 +15,7 @@ from strategies.protocol import (
     Strategy,
     Update,
 )
-from strategies.task import Options, Task
+from strategies.task import Options, Task, Trained, Training
 
 __all__ = [
     "Calibration",
@@ -36,6 +36,8 @@ __all__ = [
     "Task",
     "TensorSpec",
     "Tile",
+    "Trained",
+    "Training",
     "Update",
     "Work",
 ]

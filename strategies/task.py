@@ -6,8 +6,9 @@ says which file it is and gives settings that never leave the site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,11 +16,51 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
+from protos.plan import Plan
+
 
 class Options(BaseModel):
     """Base of ``Params`` and ``Settings``: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass
+class Training:
+    """One round's local training, for a task that owns its loop (see `Task.fit`).
+
+    Attributes:
+        plan: What is asked: work, schedule, optimizer, batch size, seed.
+        model: Holds what was adopted of the base; train it in place.
+        data: This site's training data.
+        device: Where the model is.
+        rate: Learning rate at a part u in [0, 1] of the round (the cycle, restarted every round).
+        report: To be called now and then with (done, loss), done in the unit of ``plan.work``; it
+            raises when the round was given up, and the exception must pass through.
+    """
+
+    plan: Plan
+    model: nn.Module
+    data: Dataset[Any]
+    device: torch.device
+    rate: Callable[[float], float]
+    report: Callable[[float, float], None]
+
+
+class Trained(NamedTuple):
+    """What a loop of a task's own did.
+
+    Attributes:
+        examples: Training examples at the site: the weight of an average.
+        steps: Optimizer steps.
+        epochs: Passes over the data.
+        loss: Mean loss of the last pass.
+    """
+
+    examples: int
+    steps: int
+    epochs: float
+    loss: float
 
 
 class Task:
@@ -96,6 +137,17 @@ class Task:
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss to minimise, a scalar; by default cross-entropy, mean over the batch."""
         return F.cross_entropy(outputs, targets)
+
+    def fit(self, training: Training) -> Trained:
+        """Own the whole training loop: for trainers that exist already, or don't fit steps.
+
+        Strategies that change single steps (needs "our training loop") are then refused.
+        """
+        raise NotImplementedError
+
+    def owns_loop(self) -> bool:
+        """Whether ``fit`` is the task's own."""
+        return type(self).fit is not Task.fit
 
     def tokens(self, targets: Any) -> int:
         """How many tokens a batch counts for, where work is given in tokens."""

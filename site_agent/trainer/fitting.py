@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from protos.errors import TaskFailed
+from protos.errors import PolicyRefused, TaskFailed
 from protos.plan import Plan
 from site_agent.pipe import Progress
 from site_agent.trainer.device import widened
@@ -22,7 +22,9 @@ from site_agent.trainer.randomness import seed_epoch, step_generator
 from site_agent.trainer.watch import Watch
 from site_agent.trainer.workload import Workload
 from strategies.context import Step
+from strategies.schedule import learning_rate
 from strategies.stack import State
+from strategies.task import Training
 
 
 @dataclass
@@ -113,7 +115,10 @@ def fit(
     Raises:
         TaskFailed: The loss became NaN or infinite, or there is no data.
         JobCancelled: The link does not want it any more.
+        PolicyRefused: The task owns its loop and a strategy needs ours.
     """
+    if work.task.owns_loop():
+        return _by_task(work, plan, state, watch)
     batches = work.batches("train", plan.batch_size)
     if batches is None:
         raise TaskFailed(f"site {work.site}: the task has no training data")
@@ -198,6 +203,56 @@ def fit(
         steps=pace.steps,
         epochs=pace.epochs,
         losses=(losses.mean(0, passed), losses.mean(pace.steps - passed, pace.steps)),
+    )
+
+
+def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:
+    """The task's own loop, within the same cycle, seeds and report."""
+    ours = [s.name for s in work.stack.strategies if "our training loop" in s.needs]
+    if ours:
+        raise PolicyRefused(
+            f"site {work.site}: the task owns its training loop, so {', '.join(ours)} can't act in "
+            "it; take them out of the run, or Task.fit out of the task",
+            site=work.site,
+        )
+
+    def report(done: float, loss: float) -> None:
+        watch.check()
+        if not math.isfinite(loss):
+            raise TaskFailed(f"site {work.site}: the loss became {loss}", site=work.site)
+        if watch.due:
+            watch.tell(
+                Progress(
+                    job=watch.job,
+                    state="TRAINING",
+                    done=done,
+                    planned=plan.work.amount,
+                    unit=plan.work.unit,
+                    loss=loss,
+                    learning_rate=learning_rate(plan.schedule, min(1.0, done / plan.work.amount)),
+                )
+            )
+
+    seed_epoch(plan, 0)
+    work.model.train()
+    trained = work.task.fit(
+        Training(
+            plan=plan,
+            model=work.model,
+            data=work.task.train_data(),
+            device=work.device.torch,
+            rate=lambda u: learning_rate(plan.schedule, u),
+            report=report,
+        )
+    )
+    work.device.synchronize()
+    return Fitted(
+        state=state,
+        optimizer=make_optimizer(plan.optimizer, work.model, plan.schedule.lr),
+        examples=trained.examples,
+        steps=trained.steps,
+        epochs=trained.epochs,
+        losses=(trained.loss, trained.loss),
     )
 
 

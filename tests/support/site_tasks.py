@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from farflung import Options, Task
+from farflung import Options, Task, Trained, Training
 
 
 def clouds(seed: int, count: int) -> TensorDataset:
@@ -133,3 +133,20 @@ class Endless(IterableDataset[Any]):
 class Streamed(Clouds):
     def train_data(self) -> Dataset[Any]:
         return Endless(clouds(self.settings.seed, self.params.samples))
+
+
+class OwnLoop(Clouds):
+    """Trains with a loop of its own: plain gradient descent over all samples at once."""
+
+    def fit(self, training: Training) -> Trained:
+        inputs, targets = training.data.tensors  # type: ignore[attr-defined]
+        steps = int(training.plan.work.amount)
+        loss = torch.zeros(())
+        for step in range(steps):
+            loss = self.loss(training.model(inputs), targets)
+            gradients = torch.autograd.grad(loss, list(training.model.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(training.model.parameters(), gradients, strict=True):
+                    parameter -= training.rate(step / steps) * gradient
+            training.report(step + 1, float(loss.detach()))
+        return Trained(len(targets), steps, float(steps), float(loss.detach()))

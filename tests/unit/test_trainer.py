@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protos.contribution import Header
-from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, TaskFailed
+from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, PolicyRefused, TaskFailed
 from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from protos.tensors import map_file
@@ -414,3 +414,33 @@ def test_assess_and_reassess_of_a_calibration(bench: Bench) -> None:
     assert not any(name.startswith("temperature/") for name in again.payload_names)
     assert float(later["val_calibrated/n"]) == 30
     assert float(later["val_calibrated/correct"]) == float(sums["val/correct"])
+
+
+def test_a_task_may_own_its_loop(bench: Bench) -> None:
+    plan = plan_of(
+        task="OwnLoop", work=Work(steps=3), schedule=Schedule(shape="exp", lr=0.2, decay=0.25)
+    )
+    header, update, _ = bench.perform(plan)
+    assert (header.steps, header.epochs) == (3, 3.0)
+    assert bench.work is not None
+    task = bench.work.task
+    model = bench.work.stack.build(task)
+    base = base_of(bench.folder, plan)
+    model.load_state_dict(map_file(base[0], base[1]), strict=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inputs, targets = task.train_data().tensors  # type: ignore[attr-defined]
+    for u in (0.0, 1 / 3, 2 / 3):
+        gradients = torch.autograd.grad(
+            F.cross_entropy(model(inputs), targets), list(model.parameters())
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.2 * 0.25**u * gradient
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(update[name], before[name] - parameter.detach())
+    assert header.examples == len(targets)
+
+
+def test_a_strategy_that_needs_our_loop_is_refused_by_name(bench: Bench) -> None:
+    with pytest.raises(PolicyRefused, match="fedprox can't act"):
+        bench.perform(plan_of(task="OwnLoop", stack=("fedprox",)))

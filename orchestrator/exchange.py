@@ -135,7 +135,7 @@ class Exchange:
             self._board.set_state(site, state, error, reason)
 
     def interrupt(self) -> None:
-        """End the wait without a decision."""
+        """End the wait without a decision: the one under way, or else the next one."""
         self._interrupt.set()
         self._inbox.put(_Event("wake"))
 
@@ -152,7 +152,6 @@ class Exchange:
         sessions = self.sessions
         if sessions is None:
             raise RuntimeError("the exchange was not connected to the sessions")
-        self._interrupt.clear()
         now = time.monotonic()
         self._plan_id = rows[0].id if rows else ""  # from here on events are kept
         first = rows[0] if rows else None
@@ -183,6 +182,8 @@ class Exchange:
             decision = machine.decide(now)
             if decision.kind != "wait" or self._interrupt.is_set():
                 interrupted = decision.kind == "wait"
+                if interrupted:
+                    self._interrupt.clear()
                 return Gathered(decision, machine.counted_sites, machine.missing, interrupted)
             try:
                 event = self._inbox.get(

@@ -28,7 +28,8 @@ class Runner:
     def __init__(self, engine: Engine, changed: Callable[[str], None]) -> None:
         self._engine, self._changed = engine, changed
         self._wake = threading.Condition()
-        self._ending = False
+        self._ending = threading.Event()
+        self._news = True
         self._stop_now: set[str] = set()
         self._stop_after: set[str] = set()
         self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
@@ -41,12 +42,13 @@ class Runner:
     def wake(self) -> None:
         """There may be something new in the queue."""
         with self._wake:
+            self._news = True
             self._wake.notify_all()
 
     def end(self) -> None:
         """Stop working; the run under way goes on with the next daemon."""
         with self._wake:
-            self._ending = True
+            self._ending.set()
             self._wake.notify_all()
         self._engine.exchange.interrupt()
         self._thread.join(timeout=30)
@@ -69,22 +71,29 @@ class Runner:
 
     def _live(self) -> None:
         while True:
-            row = self._engine.ledger.running() or self._engine.ledger.next_queued()
             with self._wake:
-                if self._ending:
+                # Taken before the queue is read: what comes meanwhile is news again.
+                self._wake.wait_for(lambda: self._news or self._ending.is_set())
+                if self._ending.is_set():
                     return
-                if row is None:
-                    self._wake.wait(timeout=60)
-                    continue
+                self._news = False
+            row = self._engine.ledger.running() or self._engine.ledger.next_queued()
+            if row is None:
+                continue
+            self.wake()  # there may be another one behind it
             self.current = row.id
             try:
                 self._run(row)
-            except FarflungError as error:
-                self._pause(row, error.message)
-            except Exception:
-                mark = reference_id()
-                log.exception("run %s: internal error %s", row.name, mark)
-                self._pause(row, f"an internal error; the daemon's log has it under {mark}")
+            except Exception as error:
+                if self._ending.is_set():
+                    # What broke was being taken apart; the next daemon goes on.
+                    log.info("run %s: left as it is (%s)", row.name, error)
+                elif isinstance(error, FarflungError):
+                    self._pause(row, error.message)
+                else:
+                    mark = reference_id()
+                    log.exception("run %s: internal error %s", row.name, mark)
+                    self._pause(row, f"an internal error; the daemon's log has it under {mark}")
             finally:
                 self.current = None
 
@@ -96,11 +105,12 @@ class Runner:
             )
             self._changed(row.id)
         abandoning, tries = "", 0
-        while not self._ending:
+        while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
             number = last.round + 1 if last is not None else 0
             if number > row.rounds:
+                self._forget(row)
                 ledger.set_run(row.id, state="finished", reason="", ended=time.time())
                 self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
                 return self._changed(row.id)
@@ -134,9 +144,13 @@ class Runner:
         rounds = self._engine.ledger.rounds(row.id, all_attempts=True)
         return max(r.attempt for r in rounds if r.round == number)
 
-    def _stopped(self, row: RunRow) -> None:
+    def _forget(self, row: RunRow) -> None:
+        """Whoever asked to stop a run that has ended did not mean what it does after an `extend`."""
         self._stop_after.discard(row.id)
         self._stop_now.discard(row.id)
+
+    def _stopped(self, row: RunRow) -> None:
+        self._forget(row)
         ledger = self._engine.ledger
         for attempt in ledger.open_rounds():
             if attempt.run == row.id:
@@ -146,6 +160,7 @@ class Runner:
         self._changed(row.id)
 
     def _pause(self, row: RunRow, reason: str) -> None:
+        self._forget(row)
         self._engine.ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
         self._note("error", row, None, f"run {row.name} is paused: {reason}")
         self._changed(row.id)

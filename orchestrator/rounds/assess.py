@@ -13,8 +13,8 @@ from orchestrator.views import Plugin
 from protos.contribution import Header
 
 
-def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment:
-    """Pooled scores of the candidate, and the calibration maps fitted to it.
+def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment | None:
+    """Pooled scores of the candidate, and the calibration maps fitted to it; None if interrupted.
 
     Two light exchanges at most: sums of the raw outputs, from which scores and maps follow; then,
     if a map was fitted, sums of the calibrated outputs, so that its effect is measured and not
@@ -25,6 +25,8 @@ def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment
     if every == 0 or (row.round % every and not last):
         return Assessment()
     gathered = _exchange(engine, planned, candidate, "assess", {})
+    if gathered.interrupted:
+        return None
     if gathered.decision.kind != "close":
         return Assessment(missing=gathered.missing)
     start = time.monotonic()
@@ -43,6 +45,8 @@ def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment
     reliability, missing = first["reliability"], dict(gathered.missing)
     if fitted:
         again = _exchange(engine, planned, candidate, "reassess", fitted)
+        if again.interrupted:
+            return None
         missing.update(again.missing)
         if again.decision.kind == "close":
             second = _evaluate(engine, planned, "reassess", False)
@@ -68,6 +72,8 @@ def _exchange(
     ]
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
     gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s)
+    if gathered.interrupted:
+        return gathered  # it stays open: what comes meanwhile counts when it is gone on with
     engine.ledger.close_exchange(row.run, row.round, row.attempt, kind)
     engine.exchange.cancel(rows, list(gathered.missing), "the assessment was closed")
     return gathered

@@ -72,6 +72,8 @@ def run_round(engine: Engine, run: RunRow, number: int, abandoning: str = "") ->
             return Outcome("held", candidate.held)
         with timed(engine.board, "assessing"):
             assessed = assess(engine, planned, candidate)
+        if assessed is None:
+            return Outcome("interrupted")
         with timed(engine.board, "committing"):
             committed = commit(engine, planned, closed, candidate, assessed)
     return Outcome("committed", row=committed)

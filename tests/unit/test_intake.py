@@ -294,20 +294,21 @@ def test_a_second_stream_waits_for_the_first_and_hears_its_answer(
     head = hall.north.head(plan, data, MANIFEST.digest)
     answers: list[common_pb2.Answer] = []
     threads: list[threading.Thread] = []
-    asked = threading.Event()
+    waits = threading.Event()
+
+    class Turns(threading.Condition):
+        def wait_for(self, predicate: Any, timeout: float | None = None) -> Any:
+            if not predicate():
+                waits.set()
+            return super().wait_for(predicate, timeout)
+
+    monkeypatch.setattr(hall.intake, "_turns", Turns())
     real = hall.intake._examine
 
     def examine(*args: Any) -> Any:
-        def again() -> None:
-            asked.set()
-            answers.append(hall.send(head, data))
-
-        threads.append(threading.Thread(target=again))
+        threads.append(threading.Thread(target=lambda: answers.append(hall.send(head, data))))
         threads[0].start()
-        asked.wait()
-        # Whatever it would do to the file, it would have done by now.
-        threads[0].join(timeout=0.2)
-        assert threads[0].is_alive()
+        assert waits.wait(20)
         return real(*args)
 
     monkeypatch.setattr(hall.intake, "_examine", examine)

@@ -1,0 +1,248 @@
+"""The exchange: what sites say from any thread becomes one decision, and nothing said is lost."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.exchange import Exchange, Gathered
+from orchestrator.ledger import ContributionRow, PlanRow, RoundRow
+from orchestrator.sessions import Session, Sessions
+from protos.v1 import site_pb2
+from tests.support.workbench import Workbench
+
+WAIT_S = 20.0
+HOUR = 3600.0
+
+
+class Inbox:
+    """An exchange's queue that tells when all of it was heard."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.idle = threading.Event()
+        self._inner = getattr(exchange._inbox, "_inner", exchange._inbox)
+        exchange._inbox = self  # type: ignore[assignment]
+
+    def put(self, event: Any) -> None:
+        self.idle.clear()
+        self._inner.put(event)
+
+    def get(self, timeout: float) -> Any:
+        if self._inner.empty():
+            self.idle.set()
+        return self._inner.get(timeout=timeout)
+
+
+class Table:
+    """Three sites, one of them not here, and a round that waits for them."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench, self.exchange = bench, bench.engine.exchange
+        self.sessions = Sessions(HOUR, self.exchange.attached, self.exchange.gone)
+        self.exchange.sessions = self.sessions
+        self.session = {name: self.attach(name) for name in ("north", "south")}
+        bench.run("r")
+        bench.commit("r", 0)
+        self.rows = [
+            PlanRow("r", 1, 1, "train", s, b"plan " + s.encode(), s * 8)
+            for s in ("east", "north", "south")
+        ]
+        bench.ledger.plan_round(RoundRow("r", 1, 1, quorum=2), self.rows)
+        bench.board.begin("r", 1, 1, [row.site for row in self.rows])
+        self.plan_id = self.rows[0].id
+        self._done: list[Gathered] = []
+
+    def attach(self, site: str) -> Session:
+        session = Session(site, "f", site_pb2.Hello())
+        self.sessions.attach(session)
+        return session
+
+    def gather(self, quorum: int = 2, seconds: float = HOUR) -> threading.Thread:
+        """Gather in a thread, as the runner does; returns once it waits."""
+        self.inbox = Inbox(self.exchange)
+
+        def run() -> None:
+            self._done.append(self.exchange.gather(self.rows, quorum, seconds))
+            self.inbox.idle.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert self.inbox.idle.wait(WAIT_S)
+        return thread
+
+    def still_waits(self, thread: threading.Thread) -> bool:
+        """Whether it waits on, with everything that was said heard."""
+        assert self.inbox.idle.wait(WAIT_S)
+        return not self._done
+
+    def result(self, thread: threading.Thread) -> Gathered:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "still gathering"
+        return self._done.pop()
+
+    def count(self, site: str) -> None:
+        """What the service does: the ledger first, then the news."""
+        row = ContributionRow(
+            f"c-{site}", self.plan_id, "r", 1, 1, "train", site, site * 8, b"", b"", "f", "i", "m",
+            1, None, 0.0,
+        )  # fmt: skip
+        assert self.bench.ledger.accept(row).verdict == "counted"
+        self.exchange.counted(site, self.plan_id, row.digest)
+
+    def told(self, site: str) -> list[str]:
+        """What a site was sent so far."""
+        session = self.session[site]
+        session.end()
+        return [str(m.WhichOneof("kind")) for m in session.outgoing()]
+
+    def states(self) -> dict[str, str]:
+        return {row.site: row.state for row in self.bench.board.rows()}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[Table]:
+    bench = Workbench(tmp_path)
+    table = Table(bench)
+    yield table
+    table.sessions.drain("the end")
+    bench.close()
+
+
+def test_plans_are_pushed_to_who_is_here(table: Table) -> None:
+    thread = table.gather()
+    assert table.states() == {"east": "gone", "north": "asked", "south": "asked"}
+    table.exchange.interrupt()
+    assert table.result(thread).interrupted
+    assert table.told("north") == ["plan"]
+
+
+def test_it_closes_when_all_have_answered(table: Table) -> None:
+    thread = table.gather()
+    for site in ("north", "south"):
+        table.count(site)
+    table.exchange.failed("east", table.plan_id, "TaskFailed", "killed by SIGKILL", "failed")
+    found = table.result(thread)
+    assert found.decision.kind == "close"
+    assert found.counted == ("north", "south")
+    assert found.missing == {"east": "killed by SIGKILL"}
+    assert table.states() == {"east": "failed", "north": "counted", "south": "counted"}
+    assert table.bench.notes == ["killed by SIGKILL"]
+
+
+def test_it_is_given_up_when_the_quorum_is_out_of_reach(table: Table) -> None:
+    thread = table.gather()
+    for site in ("north", "south"):
+        table.exchange.failed(site, table.plan_id, "ContributionRefused", "NaN in w", "refused")
+    found = table.result(thread)
+    assert (found.decision.kind, found.interrupted) == ("abandon", False)
+    assert "north: NaN in w" in found.decision.reason
+    assert table.states()["north"] == "refused"
+
+
+def test_the_quorum_and_the_grace_close_it_without_who_is_gone(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table.exchange, "_grace_s", 0.0)
+    thread = table.gather()
+    table.count("north")
+    assert table.still_waits(thread)
+    table.count("south")
+    assert table.result(thread).missing == {"east": "gone"}
+
+
+def test_who_comes_back_is_waited_for(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table.exchange, "_grace_s", 0.0)
+    thread = table.gather()
+    table.attach("east")
+    table.count("north")
+    table.count("south")
+    assert table.still_waits(thread)
+    table.count("east")
+    assert table.result(thread).counted == ("east", "north", "south")
+
+
+def test_the_deadline_ends_it(table: Table) -> None:
+    for site in ("north", "south"):
+        table.count(site)
+    found = table.result(table.gather(seconds=0.0))
+    assert found.decision.kind == "close"
+    assert found.counted == ("north", "south")
+
+
+def test_what_was_answered_before_it_began_is_in_the_ledger(table: Table) -> None:
+    """After a restart, and for work that an earlier attempt had finished."""
+    table.count("north")
+    table.bench.ledger.answer_plan(table.plan_id, "south", "failed", "TaskFailed", "died")
+    table.attach("east")
+    thread = table.gather(quorum=1)
+    table.count("east")
+    found = table.result(thread)
+    assert found.counted == ("east", "north")
+    assert found.missing == {"south": "died"}
+    assert table.told("north") == []
+
+
+def test_news_of_another_plan_change_nothing(table: Table) -> None:
+    thread = table.gather()
+    for other in ("r/1/2/train", "r/2/1/train", "", "s/1/1/train"):
+        for site in ("north", "south", "east"):
+            table.exchange.counted(site, other, "c")
+            table.exchange.failed(site, other, "E", "no", "failed")
+    assert table.still_waits(thread)
+    table.exchange.interrupt()
+    assert table.result(thread).counted == ()
+    assert table.states() == {"east": "gone", "north": "asked", "south": "asked"}
+
+
+def test_who_asks_to_end_is_heard_even_before_it_begins(table: Table) -> None:
+    """The daemon may be told to stop while the round is being planned."""
+    table.exchange.interrupt()
+    found = table.result(table.gather())
+    assert found.interrupted
+    # Once: what goes on afterwards waits again.
+    thread = table.gather()
+    assert table.still_waits(thread)
+    table.exchange.interrupt()
+    assert table.result(thread).interrupted
+
+
+def test_an_answer_is_stronger_than_an_interruption(table: Table) -> None:
+    for row in table.rows:
+        table.bench.ledger.answer_plan(row.id, row.site, "failed", "E", "died")
+    table.exchange.interrupt()
+    assert not table.result(table.gather()).interrupted
+
+
+def test_a_site_that_leaves_the_run_is_not_waited_for(table: Table) -> None:
+    thread = table.gather(quorum=1)
+    table.count("north")
+    table.exchange.failed("east", table.plan_id, "E", "died", "failed")
+    table.exchange.left_run("south", "other run")
+    assert table.still_waits(thread)
+    table.exchange.left_run("south", "r")
+    found = table.result(thread)
+    assert found.missing == {"east": "died", "south": "the site left the run"}
+    assert ("r", "south") in table.exchange.left
+    row = table.bench.ledger.plan(table.plan_id, "south")
+    assert row is not None
+    assert row.answer == "left"
+
+
+def test_progress_is_shown_of_the_plan_under_way_only(table: Table) -> None:
+    thread = table.gather()
+    said = site_pb2.Progress(done=1, planned=2, unit="epochs", loss=float("nan"), learning_rate=0.1)
+    table.exchange.progress("north", "other", "training", said)
+    assert table.states()["north"] == "asked"
+    table.exchange.progress("north", table.plan_id, "training", said)
+    row = next(r for r in table.bench.board.rows() if r.site == "north")
+    assert (row.state, row.done, row.planned, row.loss) == ("training", 1.0, 2.0, None)
+    table.exchange.interrupt()
+    table.result(thread)
+
+
+def test_who_is_missing_is_told_that_it_is_over(table: Table) -> None:
+    table.exchange.cancel(table.rows, ["south", "east"], "the round was closed")
+    assert table.told("north") == []
+    assert table.told("south") == ["cancel"]

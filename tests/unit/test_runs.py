@@ -1,0 +1,305 @@
+"""The queue of runs: one after the other, and whatever happens to one of them, the next one's turn comes."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator import runs as runs_module
+from orchestrator.ledger import RoundRow, RunRow
+from orchestrator.rounds.engine import Engine
+from orchestrator.rounds.page import Outcome
+from orchestrator.runs import Runner
+from protos.errors import ComputeFailed
+from tests.support.workbench import Workbench
+
+WAIT_S = 20.0
+Round = Callable[[Engine, RunRow, int, str], Outcome]
+
+
+class Bench:
+    """A runner over a real ledger, whose rounds do what a test says."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.asked: list[tuple[str, int, str]] = []
+        self.changes = threading.Condition()
+        self.changed: list[str] = []
+        self.does: Round = lambda engine, run, number, abandoning: self.commit(run, number)
+        self.runner = Runner(bench.engine, self._change)
+
+    def _change(self, run: str) -> None:
+        with self.changes:
+            self.changed.append(run)
+            self.changes.notify_all()
+
+    def round(self, engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Outcome:
+        self.asked.append((run.id, number, abandoning))
+        return self.does(engine, run, number, abandoning)
+
+    def commit(self, run: RunRow, number: int) -> Outcome:
+        rounds = self.bench.ledger.rounds(run.id, all_attempts=True)
+        attempts = [r.attempt for r in rounds if r.round == number]
+        attempt = max(attempts, default=0) + 1
+        for row in self.bench.ledger.open_rounds():
+            if row.run == run.id:
+                self.bench.ledger.abandon_round(run.id, row.round, row.attempt, "x")
+        return Outcome("committed", row=self.bench.commit(run.id, number, attempt=attempt))
+
+    def until(self, run: str, state: str) -> RunRow:
+        """Wait until a run is in a state."""
+        with self.changes:
+            there = self.changes.wait_for(lambda: self.bench.ledger.run(run).state == state, WAIT_S)
+        row = self.bench.ledger.run(run)
+        assert there, f"{run} is {row.state}: {row.reason}"
+        return row
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    work = Workbench(tmp_path)
+    bench = Bench(work)
+    monkeypatch.setattr(runs_module, "run_round", bench.round)
+    monkeypatch.setattr(
+        runs_module, "first", lambda engine, run, abandoning="": bench.round(engine, run, 0)
+    )
+    yield bench
+    if bench.runner._thread.is_alive():
+        bench.runner.end()
+    work.close()
+
+
+def test_runs_are_run_in_the_order_of_submission(bench: Bench) -> None:
+    for name in ("a", "b"):
+        bench.bench.run(name, rounds=2)
+    bench.runner.start()
+    bench.until("b", "finished")
+    assert [(run, number) for run, number, _ in bench.asked] == [
+        *(("a", n) for n in range(3)),
+        *(("b", n) for n in range(3)),
+    ]
+    first, second = bench.bench.ledger.runs()
+    assert first.state == "finished"
+    assert first.started is not None
+    assert first.ended is not None
+    assert second.started is not None
+    assert first.ended <= second.started
+
+
+def test_a_run_that_comes_while_nobody_waits_is_seen(bench: Bench) -> None:
+    """Between a look at the queue and the wait for news."""
+    ledger = bench.bench.ledger
+    looked, real = threading.Event(), ledger.next_queued
+
+    def look() -> RunRow | None:
+        found = real()
+        if found is None and not looked.is_set():
+            bench.bench.run("late", rounds=1)
+            bench.runner.wake()
+            looked.set()
+        return found
+
+    ledger.next_queued = look  # type: ignore[method-assign]
+    bench.runner.start()
+    assert looked.wait(WAIT_S)
+    bench.until("late", "finished")
+
+
+def test_the_run_that_was_under_way_goes_first(bench: Bench) -> None:
+    bench.bench.run("a", rounds=1)
+    bench.bench.run("b", rounds=1)
+    bench.bench.ledger.set_run("b", state="running", started=1.0)
+    bench.runner.start()
+    bench.until("a", "finished")
+    assert [run for run, *_ in bench.asked] == ["b", "b", "a", "a"]
+    assert bench.bench.ledger.run("b").started == 1.0
+
+
+def test_attempts_are_made_again_and_then_the_run_is_paused(bench: Bench) -> None:
+    bench.bench.run("a", rounds=2)
+    bench.bench.run("b", rounds=1)
+
+    def fails(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if run.id == "b" or number == 0:
+            return bench.commit(run, number)
+        attempt = len([1 for r, n, _ in bench.asked if (r, n) == ("a", 1)])
+        row = RoundRow("a", 1, attempt)
+        engine.ledger.plan_round(row, abandoning=abandoning)
+        return Outcome("again", f"below the quorum, {attempt}")
+
+    bench.does = fails
+    bench.runner.start()
+    row = bench.until("a", "paused")
+    assert row.reason == "round 1: below the quorum, 3"
+    assert [(n, why) for run, n, why in bench.asked if run == "a"] == [
+        (0, ""),
+        (1, ""),
+        (1, "below the quorum, 1"),
+        (1, "below the quorum, 2"),
+    ]
+    states = [r.state for r in bench.bench.ledger.rounds("a", all_attempts=True)]
+    assert states == ["committed", "abandoned", "abandoned", "abandoned"]
+    # It does not stand in the way of others, and may be tried again.
+    bench.until("b", "finished")
+    bench.does = lambda engine, run, number, abandoning: bench.commit(run, number)
+    bench.bench.ledger.set_run("a", state="queued", reason="")
+    bench.runner.wake()
+    bench.until("a", "finished")
+
+
+def test_a_success_forgets_earlier_failures(bench: Bench) -> None:
+    bench.bench.run("a", rounds=3)
+
+    def every_other(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number and not abandoning:
+            row = RoundRow("a", number, 1)
+            engine.ledger.plan_round(row)
+            return Outcome("again", "once")
+        return bench.commit(run, number)
+
+    bench.does = every_other
+    bench.runner.start()
+    bench.until("a", "finished")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ComputeFailed("reduce_run raised ValueError"), "reduce_run raised ValueError"),
+        (ZeroDivisionError("secret"), "an internal error; the daemon's log has it under"),
+    ],
+)
+def test_an_error_pauses_its_run_and_the_next_one_goes_on(
+    bench: Bench, error: Exception, reason: str
+) -> None:
+    bench.bench.run("a")
+    bench.bench.run("b", rounds=1)
+
+    def breaks(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if run.id == "a":
+            raise error
+        return bench.commit(run, number)
+
+    bench.does = breaks
+    bench.runner.start()
+    row = bench.until("a", "paused")
+    assert row.reason.startswith(reason)
+    assert "secret" not in row.reason
+    bench.until("b", "finished")
+
+
+def test_a_held_round_pauses_with_its_reason(bench: Bench) -> None:
+    bench.bench.run("a")
+    bench.does = lambda *_: Outcome("held", "feddf was held in round 1")
+    bench.runner.start()
+    assert bench.until("a", "paused").reason == "feddf was held in round 1"
+
+
+# -- stopping ---------------------------------------------------------------------------------------
+
+
+class Gate:
+    """A round that waits to be let through."""
+
+    def __init__(self, bench: Bench, at: int) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.bench, self.at = bench, at
+
+    def __call__(self, engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == self.at:
+            self.entered.set()
+            assert self.open.wait(WAIT_S)
+        return self.bench.commit(run, number)
+
+
+def test_stop_ends_after_the_round_under_way(bench: Bench) -> None:
+    bench.bench.run("a", rounds=5)
+    bench.does = gate = Gate(bench, 2)
+    bench.runner.start()
+    assert gate.entered.wait(WAIT_S)
+    bench.runner.stop("a", now=False)
+    gate.open.set()
+    row = bench.until("a", "stopped")
+    assert row.reason == "stopped by the operator"
+    assert [r.round for r in bench.bench.ledger.history("a")] == [0, 1, 2]
+
+
+def test_stop_in_the_last_round_does_not_stop_what_is_extended_later(bench: Bench) -> None:
+    bench.bench.run("a", rounds=1)
+    bench.does = gate = Gate(bench, 1)
+    bench.runner.start()
+    assert gate.entered.wait(WAIT_S)
+    bench.runner.stop("a", now=False)
+    gate.open.set()
+    bench.until("a", "finished")
+    bench.bench.ledger.extend_run("a", 2)
+    bench.bench.ledger.set_run("a", state="queued")
+    bench.runner.wake()
+    bench.until("a", "finished")
+    assert [r.round for r in bench.bench.ledger.history("a")] == [0, 1, 2]
+
+
+def test_stop_now_interrupts_the_exchange_and_gives_the_round_up(bench: Bench) -> None:
+    bench.bench.run("a", rounds=5)
+    entered = threading.Event()
+
+    def waits(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == 0:
+            return bench.commit(run, number)
+        engine.ledger.plan_round(RoundRow("a", 1, 1))
+        entered.set()
+        with bench.changes:
+            assert bench.changes.wait_for(engine.exchange._interrupt.is_set, WAIT_S)
+        return Outcome("interrupted")
+
+    bench.does = waits
+    interrupt = bench.bench.engine.exchange.interrupt
+
+    def told() -> None:
+        interrupt()
+        with bench.changes:
+            bench.changes.notify_all()
+
+    bench.bench.engine.exchange.interrupt = told  # type: ignore[method-assign]
+    bench.runner.start()
+    assert entered.wait(WAIT_S)
+    bench.runner.stop("a", now=True)
+    bench.until("a", "stopped")
+    row = bench.bench.ledger.round("a", 1)
+    assert (row.state, row.reason) == ("abandoned", "the run was stopped")
+
+
+@pytest.mark.parametrize("state", ["queued", "paused"])
+def test_what_does_not_run_is_stopped_at_once(bench: Bench, state: str) -> None:
+    bench.bench.run("a")
+    bench.bench.ledger.set_run("a", state=state)  # type: ignore[arg-type]
+    bench.runner.stop("a", now=False)
+    assert bench.bench.ledger.run("a").state == "stopped"
+    assert bench.changed == ["a"]
+
+
+def test_a_daemon_that_ends_leaves_the_run_as_it_is(bench: Bench) -> None:
+    """Also if what it is taken apart from breaks under the round."""
+    bench.bench.run("a")
+    entered, ending = threading.Event(), threading.Event()
+
+    def breaks(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        entered.set()
+        assert ending.wait(WAIT_S)
+        raise ComputeFailed("compute ended")
+
+    bench.does = breaks
+    interrupt = bench.bench.engine.exchange.interrupt
+    bench.bench.engine.exchange.interrupt = lambda: (interrupt(), ending.set())[0]  # type: ignore[method-assign]
+    bench.runner.start()
+    assert entered.wait(WAIT_S)
+    bench.runner.end()
+    assert not bench.runner._thread.is_alive()
+    assert bench.bench.ledger.run("a").state == "running"
+
+
+def test_a_daemon_without_work_ends_at_once(bench: Bench) -> None:
+    bench.runner.start()
+    bench.runner.end()
+    assert not bench.runner._thread.is_alive()

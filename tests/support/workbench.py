@@ -62,16 +62,22 @@ class Workbench:
         compute: Where functions run; in this process by default.
         config: The daemon's configuration, TOML.
         workers: As many runs of tiles are made as for so many.
+        home: A home that is there and has no ledger yet; one without keys is made by default.
 
     Attributes:
         notes: What an operator would have read.
     """
 
     def __init__(
-        self, root: Path, compute: Compute | None = None, config: str = "", workers: int = 1
+        self,
+        root: Path,
+        compute: Compute | None = None,
+        config: str = "",
+        workers: int = 1,
+        home: Home | None = None,
     ) -> None:
-        self.home = Home(root / "home")
-        self.home.path.mkdir(mode=0o700, parents=True)
+        self.home = home or Home(root / "home")
+        self.home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.home.make_folders()
         self.home.ledger.write_bytes(empty_ledger())
         self.ledger = Ledger.open(self.home.ledger)

@@ -65,7 +65,7 @@ export const date = (t) =>
 
 export const short = (digest) => (digest ? digest.slice(0, 10) : none);
 
-const SETS = { val: "validation", test: "test", test_calibrated: "test, calibrated" };
+const SETS = { val: "validation", test: "test", test_calibrated: "test, calibrated", val_calibrated: "validation, calibrated" };
 const METRICS = { accuracy: "Accuracy", nll: "NLL", ece: "ECE", loss: "Loss" };
 
 /** "val.accuracy" as { set: "validation", metric: "Accuracy" }. */

@@ -45,7 +45,9 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
             {
                 "name": name,
                 "type": _type(field.annotation),
-                "default": None if field.is_required() else field.get_default(call_default_factory=True),
+                "default": None
+                if field.is_required()
+                else field.get_default(call_default_factory=True),
                 "constraints": _constraints(field.metadata),
                 "doc": about.get(name, ""),
             }

@@ -67,6 +67,11 @@ def _write(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
+def _in_a_cell(text: str) -> str:
+    """What somebody else wrote, so that it can't break the table or the page."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[str, Any]) -> str:
     """The model card: what it is, how it was made, how good it is, what not to believe."""
     summary = row.summary
@@ -91,7 +96,7 @@ def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[s
         f"| sites in this round | {', '.join(summary.get('counted', [])) or 'none'} |",
     ]
     for site, why in sorted(summary.get("missing", {}).items()):
-        lines.append(f"| not in this round | {site}: {why} |")
+        lines.append(f"| not in this round | {site}: {_in_a_cell(why)} |")
     lines += ["", "## Scores", ""]
     if scores:
         lines += ["Pooled over the sites from sums; `val` data steered, `test` data did not.", ""]
@@ -111,7 +116,7 @@ def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[s
     skipped = [p for p in summary.get("plugins", []) if p["state"] == "skipped"]
     if skipped:
         lines += ["", "## Skipped", ""]
-        lines += [f"- {p['name']}: {p['reason']}" for p in skipped]
+        lines += [f"- {p['name']}: {_in_a_cell(p['reason'])}" for p in skipped]
     lines += [
         "",
         "## Limits",

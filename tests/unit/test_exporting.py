@@ -136,6 +136,14 @@ def test_the_card_says_who_was_missing_and_what_was_skipped(files: Path) -> None
     assert "29 parameters in 8 tensors" in card
 
 
+def test_what_a_site_wrote_does_not_break_the_card(bench: Workbench) -> None:
+    said = "died | here\n\n# Scores <script>"
+    bench.commit("r", 3, summary={"counted": ["east"], "missing": {"south": said}})
+    assert "| not in this round | south: died \\| here # Scores &lt;script> |\n" in card_of(
+        bench, "3"
+    )
+
+
 def card_of(bench: Workbench, which: str) -> str:
     with exported(bench.engine, "r", which) as found:
         return next(p for p in found if p.name == "MODEL_CARD.md").read_text()

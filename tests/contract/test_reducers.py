@@ -290,6 +290,18 @@ def test_relative_change_is_of_parameters_before_the_outer_step(bench: Workbench
     assert far.relative_change == plain_change
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_sums_of_tiles_are_added_in_their_order(order: tuple[int, ...]) -> None:
+    """Whichever run of them is done first: in another order these would not be 1."""
+    sums = [1e16, -1e16, 1.0]
+    results = [
+        {"tiles": [{"tile": k, "gram": [[sums[k]]], "delta_sq": sums[k], "base_sq": 1.0}]}
+        for k in order
+    ]
+    assert reduce_module._gram(results, 1) == [[1.0]]
+    assert reduce_module._relative_change(results) == 1 / math.sqrt(3)
+
+
 def test_a_base_of_zeros_has_no_relative_change(bench: Workbench) -> None:
     manifest = Manifest((of_spec("w", (2,)),))
     model = bench.put_model(manifest, {"w": torch.zeros(2)})
@@ -345,6 +357,16 @@ def test_weights_may_differ_by_group(bench: Workbench) -> None:
     assert torch.equal(found["2.var"], updates["east"]["2.var"])
     assert torch.equal(found["2.bias"], base["2.bias"])
     assert torch.equal(found["2.mean"], base["2.mean"])
+
+
+def test_statistics_are_a_mean_even_where_weights_do_not_sum_to_one(bench: Workbench) -> None:
+    manifest = Manifest((of_spec("w", (4,)), of_spec("mean", (4,), kind="statistic")))
+    updates = {s: {**u, "mean": torch.full((4,), 3.0)} for s, u in updates_of(manifest).items()}
+    model = bench.put_model(manifest, drawn(manifest, 0))
+    rows = send(bench, manifest, updates, model)
+    candidate = reduced(bench, model, rows, [choice("test_close_ones", limit=0.01)])
+    assert sum(candidate.weights.values()) < 0.1
+    assert bench.tensors(candidate.model.shared)["mean"].tolist() == pytest.approx([3.0] * 4)
 
 
 # -- rules ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from protos.chunks import ChunkFile, IndexWriter, ranges, read_chunks, write_durably
+from protos import chunks as chunks_module
+from protos.chunks import (
+    ChunkFile,
+    IndexWriter,
+    missing_chunks,
+    ranges,
+    read_chunks,
+    write_durably,
+)
 from protos.digest import digest
 from protos.errors import DataCorrupt, ManifestInvalid
 from protos.manifest import CHUNK_BYTES, Index
@@ -313,6 +322,43 @@ def test_discarding_forgets_the_record_before_the_file(
     file.discard()
     assert gone == ["x.have", "x"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_are_durable_before_the_record_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ChunkFile(tmp_path / "x", INDEX)
+    file.write(0, PIECES[0])
+    done = []
+    sync, write = os.fdatasync, chunks_module.write_durably
+
+    def synced(fd: int) -> None:
+        done.append("bytes")
+        sync(fd)
+
+    def written(path: Path, data: bytes, mode: int = 0o644) -> None:
+        done.append("record")
+        write(path, data, mode)
+
+    monkeypatch.setattr(os, "fdatasync", synced)
+    monkeypatch.setattr(chunks_module, "write_durably", written)
+    file.sync()
+    file.close()
+    assert done == ["bytes", "record"] * 2
+
+
+def test_what_is_missing_is_seen_without_touching_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    assert missing_chunks(path, INDEX) == [(0, CHUNKS)]
+    assert list(tmp_path.iterdir()) == []
+    with ChunkFile(path, INDEX) as file:
+        file.write(1, PIECES[1])
+        file.sync()
+        assert missing_chunks(path, INDEX) == file.missing() == [(0, 1), (2, 4)]
+    other = index_of(content(3 * CHUNK_BYTES + TAIL, seed=1))
+    assert missing_chunks(path, other) == [(0, CHUNKS)]
+    path.unlink()
+    assert missing_chunks(path, INDEX) == [(0, CHUNKS)]
 
 
 def test_record_is_damaged(tmp_path: Path) -> None:

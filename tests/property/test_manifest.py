@@ -147,6 +147,28 @@ def test_what_is_not_canonical_is_refused(data: bytes) -> None:
         Manifest.decode(data)
 
 
+INDEX = Index("0" * 64, 3, ("1" * 64,)).encoded
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(INDEX + b" ", id="after the end"),
+        pytest.param(INDEX.replace(b"[", b"[ "), id="white space"),
+        pytest.param(INDEX.replace(b'"chunks":["1', b'"chunks":["\\u0031'), id="escape"),
+        pytest.param(INDEX.replace(b'"version":1', b'"version":true'), id="true for one"),
+        pytest.param(INDEX.replace(b"1048576", b"1048576.0"), id="number in other words"),
+        pytest.param(INDEX.replace(b'"nbytes":3', b'"nbytes":9,"nbytes":3'), id="key twice"),
+        pytest.param(b'{"version":1,' + INDEX[1:-13] + b"}", id="keys in another order"),
+    ],
+)
+def test_what_is_not_canonical_is_no_index(data: bytes) -> None:
+    """Two encodings of one index would be two names of one artefact."""
+    assert json.loads(data) == json.loads(INDEX)
+    with pytest.raises(ManifestInvalid, match="not in canonical form"):
+        Index.decode(data)
+
+
 # -- bounds ---------------------------------------------------------------------------------------
 
 

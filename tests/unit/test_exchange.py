@@ -196,6 +196,18 @@ def test_news_of_another_plan_change_nothing(table: Table) -> None:
     assert table.states() == {"east": "gone", "north": "asked", "south": "asked"}
 
 
+def test_news_that_the_exchange_before_did_not_wait_for_change_nothing(table: Table) -> None:
+    table.exchange._plan_id = "r/0/1/train"  # as while it was under way
+    table.exchange.failed("north", "r/0/1/train", "E", "no", "failed")
+    table.exchange.counted("south", "r/0/1/train", "c")
+    thread = table.gather(quorum=3)
+    assert table.still_waits(thread)
+    table.exchange.interrupt()
+    found = table.result(thread)
+    assert found.counted == ()
+    assert found.missing["north"] == "did not answer in time"
+
+
 def test_who_asks_to_end_is_heard_even_before_it_begins(table: Table) -> None:
     """The daemon may be told to stop while the round is being planned."""
     table.exchange.interrupt()

@@ -97,8 +97,8 @@ class Hall:
         self.north = self.sites["north"]
         self.values = {
             "w": torch.arange(400_000.0) / 1000,
-            "mean": torch.ones(5),
-            "n": torch.tensor(7),
+            "mean": torch.full((5,), 1e9),
+            "n": torch.tensor(2**40),
             "head": torch.tensor([3.0, 0.0, 4.0]),
         }
         self.base = bench.put_model(MANIFEST, self.values)

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +9,11 @@ from typing import NamedTuple
 # (measured with tests/unit/test_scores.py on two busy cores: 6.0 s against 0.5 s).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings
+# Whoever starts the tests in the background of a shell makes them ignore Ctrl-C, and what they start
+# would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+from hypothesis import settings  # noqa: E402
 
 # A machine that does other work makes an example slow, never wrong.
 settings.register_profile("farflung", deadline=None)

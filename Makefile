@@ -19,6 +19,9 @@ READY_TO_DEVELOP := $(VENV)/.ready-to-develop
 
 PYTHON ?=
 PYTEST_ARGS ?=
+# Two processes: what shares a Ray stays together (tests/conftest.py), and each federation of the
+# tests has up to eight processes of its own.
+WORKERS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 ROWS ?=
 SEEDS ?=
@@ -35,10 +38,10 @@ demo: $(READY_TO_RUN) ## train one model across three sites, with a page in the 
 	@exec $(BIN)/farflung demo $(DEMO_ARGS)
 
 test: $(READY_TO_DEVELOP) ## everything fast and a seeded sample of the slow (at most 10 minutes)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
 
 test-all: $(READY_TO_DEVELOP) ## every test (at most 60 minutes)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: $(READY_TO_DEVELOP) ## ruff, mypy, import-linter, generated code
 	$(BIN)/ruff check .

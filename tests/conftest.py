@@ -24,6 +24,13 @@ import pytest  # noqa: E402
 from tests.support.field import Field  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a Ray run in one worker, so that there is one Ray of each kind."""
+    for item in items:
+        if {"real", "compute"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     """The one federation of a test run: a daemon with its Ray, and three sites."""

@@ -14,7 +14,7 @@ KEYS = {
     "floor_cpu_s_per_round",
 }  # fmt: skip
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(240)]
 
 
 def test_exchange(tmp_path: Path) -> None:

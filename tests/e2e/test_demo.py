@@ -16,7 +16,7 @@ from tests.support.files import wait_for
 
 MARK = "FARFLUNG_TEST_DEMO"
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(400)]
 
 
 class Demo:

@@ -39,6 +39,8 @@ from tests.support.authority import Authority
 from tests.support.contributor import Contributor, chunks, messages
 from tests.support.workbench import Workbench, of_spec
 
+pytestmark = pytest.mark.xdist_group("doors")  # one daemon for all of them
+
 CALL_S = 20.0
 MANIFEST = Manifest((of_spec("w", (300_000,)),))
 VALUES = {"w": torch.arange(300_000.0)}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from orchestrator.compute.errors import ComputeDied
 from orchestrator.config import RunConfig
 from orchestrator.ledger import RunRow
 from orchestrator.rounds.engine import Engine
@@ -104,7 +105,7 @@ class Runner:
                 row.id, state="running", reason="", started=row.started or time.time()
             )
             self._changed(row.id)
-        abandoning, tries = "", 0
+        abandoning, tries, died = "", 0, -1
         while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
@@ -116,7 +117,14 @@ class Runner:
                 return self._changed(row.id)
             if row.id in self._stop_after or row.id in self._stop_now:
                 return self._stopped(row)
-            outcome = self._one(row, number, abandoning)
+            try:
+                outcome = self._one(row, number, abandoning)
+            except ComputeDied as error:
+                if died == number or self._ending.is_set():
+                    raise
+                died = number  # once more: compute starts again, and the round goes on where it is
+                self._note("warning", row, number, f"round {number} goes on: {error.message}")
+                continue
             abandoning = ""
             if outcome.state == "committed":
                 tries = 0

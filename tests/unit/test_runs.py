@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import runs as runs_module
+from orchestrator.compute.errors import ComputeDied
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.page import Outcome
@@ -303,3 +304,20 @@ def test_a_daemon_without_work_ends_at_once(bench: Bench) -> None:
     bench.runner.start()
     bench.runner.end()
     assert not bench.runner._thread.is_alive()
+
+
+@pytest.mark.parametrize(("deaths", "state"), [(1, "finished"), (2, "paused")])
+def test_compute_may_die_once_in_a_round(bench: Bench, deaths: int, state: str) -> None:
+    died = []
+
+    def dies(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if len(died) < deaths:
+            died.append(number)
+            raise ComputeDied("compute ended")
+        return bench.commit(run, number)
+
+    bench.does = dies
+    bench.bench.run("r", rounds=1)
+    bench.runner.start()
+    bench.until("r", state)
+    assert [number for _, number, _ in bench.asked] == [0, 0, 1][: 4 - deaths]

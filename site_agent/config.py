@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from protos.contribution import Merge
 from protos.errors import ConfigInvalid
-from protos.plan import Name, first_problem
+from protos.plan import Name, first_problem, problem_key
 from site_agent.task_source import TaskSource
 
 _HOURS = re.compile(r"([01]\d|2[0-4]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)\Z")
@@ -157,8 +157,9 @@ class SiteConfig(Section):
         except tomllib.TOMLDecodeError as error:
             raise ConfigInvalid(f"{where}: not TOML: {error}", file=where) from None
         except ValidationError as error:
-            key = ".".join(str(p) for p in error.errors(include_url=False)[0]["loc"])
-            raise ConfigInvalid(f"{where}: {first_problem(error)}", file=where, key=key) from None
+            raise ConfigInvalid(
+                f"{where}: {first_problem(error)}", file=where, key=problem_key(error)
+            ) from None
         for name, task in config.tasks.items():
             TaskSource.parse(task.source, Path(), f"{where}: tasks.{name}.source")
         return config

@@ -9,6 +9,9 @@ from typing import NamedTuple
 # (measured with tests/unit/test_scores.py on two busy cores: 6.0 s against 0.5 s).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# pytest-xdist sets it; what goes into a pipe is then as narrow as the terminal of whoever looks on.
+os.environ.pop("COLUMNS", None)
+
 # Whoever starts the tests in the background of a shell makes them ignore Ctrl-C, and what they start
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,7 +29,7 @@ def test_every_commented_key_of_the_template_is_one() -> None:
         ('[policy]\nside_payloads = ["average"]\n', "policy.side_payloads.0"),
         ('[trainer]\nprecision = "fp8"\n', "trainer.precision"),
         ('[network]\naddress = "somewhere"\n', "network.address"),
-        ('[tasks."a b"]\nsource = "x:Y"\n', "tasks.a b.[key]"),
+        ('[tasks."a b"]\nsource = "x:Y"\n', "tasks.a b"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_path(text: str, key: str) -> None:

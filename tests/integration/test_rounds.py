@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.views import Event, Round, Run
-from tests.support.field import SITES, Field
+from tests.support.field import ORCHESTRATOR, SITES, Field
 from tests.support.files import wait_for
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
@@ -103,6 +103,18 @@ def test_frozen_tensors_stay_and_one_site_may_give_the_first_base(field: Field) 
     for row in rounds[0].sites:
         assert 0 < row.sent_bytes < 4 * shared + 64
         assert row.received_bytes < 4 * shared + 64 * 6
+
+
+def test_a_plug_in_that_fails_is_skipped_by_name_and_the_round_is_committed(field: Field) -> None:
+    (field.switches[ORCHESTRATOR] / "fault").write_text("proxy")
+    run = field.federation.launch(field.config("skipped", rounds=1, strategy=[{"name": "feddf"}]))
+    _, rounds = finished(field, run)
+    plugin = next(p for p in rounds[0].plugins if p.name == "feddf")
+    assert plugin.state == "skipped"
+    assert "the proxy images are gone" in plugin.reason
+    assert rounds[0].state == "committed"
+    assert rounds[0].scores["test.accuracy"] > 0
+    told(field, run, "feddf was skipped in round 1")
 
 
 # -- what goes wrong at a site ------------------------------------------------------------------------

@@ -74,6 +74,9 @@ class Blobs(Task):
         return self._data(1000, 90)
 
     def proxy_data(self) -> TensorDataset:
+        fault = Path(self.settings.switches) / "fault"
+        if self.settings.switches and fault.exists() and fault.read_text() == "proxy":
+            raise ValueError("the proxy images are gone")
         return TensorDataset(self._data(2000, 80).tensors[0])
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:

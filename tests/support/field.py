@@ -9,13 +9,14 @@ from orchestrator.federation import Federation
 
 BLOBS = f"{Path(__file__).parent / 'blobs.py'}:Blobs"
 SITES = ("north", "south", "east")
+ORCHESTRATOR = "orchestrator"
 
 
 class Field:
     """A federation whose sites have switches."""
 
     def __init__(self, root: Path) -> None:
-        self.switches = {site: root / "switches" / site for site in SITES}
+        self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
             folder.mkdir(parents=True)
         self.federation = Federation(
@@ -32,7 +33,12 @@ class Field:
                 }
                 for i, site in enumerate(SITES)
             },
-            orchestrator_tasks={"blobs": {"source": BLOBS}},
+            orchestrator_tasks={
+                "blobs": {
+                    "source": BLOBS,
+                    "settings": {"switches": str(self.switches[ORCHESTRATOR])},
+                }
+            },
             daemon={"sites": {"heartbeat_s": 0.3}},
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orchestrator.child import program
 from orchestrator.views import Event, Round, Run
 from tests.support.field import ORCHESTRATOR, SITES, Field
 from tests.support.files import wait_for
@@ -140,15 +143,30 @@ def test_a_trainer_that_dies_is_named_and_its_site_stays(
     assert states["north"] == "attached"
 
 
-def test_nan_is_refused_with_site_and_tensor_and_the_model_is_unharmed(field: Field) -> None:
+def test_nan_is_refused_with_site_and_tensor_and_the_model_is_unharmed(
+    field: Field, tmp_path: Path
+) -> None:
     (field.switches["south"] / "fault").write_text("nan")
     run = field.federation.launch(field.config("nan", rounds=1))
     _, rounds = finished(field, run)
     row = site_row(rounds[0], "south")
-    assert row.state in ("refused", "failed")
-    assert "south" in rounds[0].missing
+    assert (row.state, row.error) == ("refused", "ContributionRefused")
+    assert "site south, tensor unseen" in row.reason
+    assert rounds[0].missing["south"] == row.reason
+    assert {s.site for s in rounds[0].sites if s.state == "counted"} == {"north", "east"}
     assert rounds[0].scores["test.nll"] > 0
-    told(field, run, "south")
+    told(field, run, "site south, tensor unseen")
+    home = str(field.federation.home.path)
+    words = [*program("farflung", "orchestrator.cli"), "watch", run, "--home", home]
+    watched = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert watched.returncode == 75  # a round without a site is no success
+    assert "site south, tensor unseen" in watched.stdout + watched.stderr
+    page = f"{field.federation.client.status().dashboard}api/runs/{run}/rounds"
+    with urllib.request.urlopen(page) as answer:
+        assert "site south, tensor unseen" in answer.read().decode()
+    field.federation.client.export(run, "", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
 
 
 def test_another_shape_is_refused_by_name(field: Field) -> None:

@@ -120,6 +120,7 @@ def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) ->
         "rounds": rounds,
         "wall_s_per_round": median(end - start for start, end in spans),
         "cpu_s_per_round": median(sampler.cpu_s(start, end) for start, end in spans),
+        "cpu_s_by_group": _by_group(sampler, names, spans),
         "daemon_peak_rss_bytes": sampler.peak_rss_bytes("daemon"),
         "ray_peak_rss_bytes": sampler.peak_rss_bytes("ray"),
         "site_peak_rss_bytes": max(sampler.peak_rss_bytes(name) for name in names),
@@ -134,6 +135,16 @@ def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) ->
             **{name: version(name) for name in ("farflung", "torch", "grpcio", "ray")},
         },
     }
+
+
+def _by_group(
+    sampler: Sampler, names: list[str], spans: list[tuple[float, float]]
+) -> dict[str, float]:
+    def typical(group: str) -> float:
+        return median(sampler.group_cpu_s(group, start, end) for start, end in spans)
+
+    out = {group: typical(group) for group in ("daemon", "ray")}
+    return out | {"sites": sum(typical(name) for name in names)}
 
 
 def _phases(rounds: list[views.Round]) -> dict[str, float]:
@@ -179,6 +190,8 @@ def _print(figures: dict[str, Any]) -> None:
         mine, floor = figures[f"{key}_per_round"], figures[f"floor_{key}_per_round"]
         table.add_row(what, f"{mine:.2f}", f"{floor:.2f}")
     table.add_row("on the wire, MB a round", f"{figures['wire_bytes_per_round'] / 1e6:.1f}", "")
+    for what, value in figures["cpu_s_by_group"].items():
+        table.add_row(f"processors, {what}, s a round", f"{value:.2f}", "")
     for what in ("daemon", "ray", "site"):
         table.add_row(f"{what}, peak MB", f"{figures[f'{what}_peak_rss_bytes'] / 1e6:.0f}", "")
     table.add_row("cores busy with other work", f"{figures['foreign_cores']:.2f}", "")

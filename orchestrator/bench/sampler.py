@@ -200,6 +200,10 @@ class Sampler:
         """Processor seconds of all groups between two moments, interpolated between samples."""
         return self._total_at(end) - self._total_at(start)
 
+    def group_cpu_s(self, group: str, start: float, end: float) -> float:
+        """Processor seconds of one group between two moments."""
+        return self._between(group, end) - self._between(group, start)
+
     def foreign_cores(self, start: float, end: float) -> float:
         """Processors that everything else kept busy meanwhile; this sampler is part of it."""
         busy = self._between("busy", end) - self._between("busy", start)
@@ -214,6 +218,8 @@ class Sampler:
 
     def _between(self, what: str, moment: float) -> float:
         def value(sample: Sample) -> float:
+            if what in sample.cpu_s:
+                return sample.cpu_s[what]
             return sample.busy_s if what == "busy" else sum(sample.cpu_s.values())
 
         at = bisect.bisect_left(self.samples, moment, key=lambda sample: sample.time)

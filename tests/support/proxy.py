@@ -1,0 +1,233 @@
+"""A TCP forwarder between sites and a daemon: it counts, it is slow, it cuts.
+
+TLS goes through it untouched, so a byte can't be flipped here without ending its connection.
+Set `network.address` in a site's site.toml to `Proxy.address`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+READ_BYTES = 256 << 10
+LEAST_PIECE = 1448
+"""What one packet carries: a slow line must not move in coarser steps than a real one."""
+PIECES = 64
+"""Pieces of one connection that may wait at once, as its window would allow."""
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+Line = asyncio.Queue[tuple[float, bytes]]
+"""Bytes on their way in one direction of one connection, and when each comes out."""
+
+
+@dataclass
+class Direction:
+    """One direction of the line that all connections share.
+
+    Attributes:
+        bytes_per_s: The bottleneck's rate; 0 for none. May be changed at any time.
+        queue_bytes: What may wait before the bottleneck, in order of arrival whatever the connection.
+            What finds no room is not read, as a sender's window would close.
+        nbytes: Bytes that came in from the sender, of connections that were cut too.
+        moments: When they came, and how many.
+    """
+
+    bytes_per_s: float = 0.0
+    queue_bytes: int = 64 << 10
+    nbytes: int = 0
+    moments: list[tuple[float, int]] = field(default_factory=list)
+    _busy_until: float = 0.0
+    _entry: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def slow(self, mbit_per_s: float, queue_bytes: int = 64 << 10) -> None:
+        """From now on the line carries this much."""
+        self.bytes_per_s, self.queue_bytes = mbit_per_s * 1e6 / 8, queue_bytes
+
+    def windows(self, seconds: float, begin: float, end: float) -> list[int]:
+        """Bytes in each whole window between two times of the monotonic clock, sliding by a tenth."""
+        step, starts = seconds / 10, []
+        while begin + seconds <= end:
+            starts.append(begin)
+            begin += step
+        moments = list(self.moments)
+        return [sum(n for t, n in moments if start <= t < start + seconds) for start in starts]
+
+    def piece(self) -> int:
+        """How much to read at once: a fiftieth of a second of a slow line."""
+        if not self.bytes_per_s:
+            return READ_BYTES
+        return max(LEAST_PIECE, min(READ_BYTES, int(self.bytes_per_s / 50)))
+
+    def came(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.moments.append((monotonic(), nbytes))
+
+    async def enter(self, nbytes: int) -> float:
+        """Wait for room in the queue; when the bytes will be through."""
+        async with self._entry:  # first come, first served
+            while rate := self.bytes_per_s:
+                wait = (nbytes - self.queue_bytes) / rate + self._busy_until - monotonic()
+                if wait <= 0 or self._busy_until <= monotonic():
+                    break
+                await asyncio.sleep(min(wait, 0.1))
+            now = monotonic()
+            self._busy_until = max(now, self._busy_until) + nbytes / rate if rate else now
+            return self._busy_until
+
+
+@dataclass(eq=False)
+class Connection:
+    """One connection through the proxy; bytes in each direction."""
+
+    writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+    up: int = 0
+    down: int = 0
+
+    def reset(self) -> None:
+        for writer in self.writers:
+            raw = writer.get_extra_info("socket")
+            if raw is not None and raw.fileno() >= 0:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            writer.transport.abort()
+
+
+class Proxy:
+    """Listens on loopback while it is entered.
+
+    Args:
+        target: host:port of the daemon.
+        port: Where to listen; 0 for any.
+    """
+
+    def __init__(self, target: str, port: int = 0) -> None:
+        self.target, self.port = target, port
+        self.up, self.down = Direction(), Direction()
+        self.connections: list[Connection] = []
+        self.cuts = 0
+        self._open: set[Connection] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """host:port where sites dial."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def open(self) -> list[Connection]:
+        """Connections that are there now."""
+        return list(self._open)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        self._run(self._listen())
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def cut(self) -> None:
+        """Reset every connection; new ones are let through."""
+        self._run(self._cut())
+
+    def cut_every(self, seconds: float) -> Callable[[], None]:
+        """Cut again and again; gives what ends it."""
+
+        async def again() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                await self._cut()
+
+        future = asyncio.run_coroutine_threadsafe(again(), self._loop)
+
+        def end() -> None:
+            future.cancel()
+
+        return end
+
+    # -- on the loop -------------------------------------------------------------------------------
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, limit=READ_BYTES
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _close(self) -> None:
+        self._server.close()
+        await self._cut()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+
+    async def _cut(self) -> None:
+        self.cuts += 1
+        for connection in self.open:
+            connection.reset()
+
+    async def _accept(self, near: asyncio.StreamReader, to_site: asyncio.StreamWriter) -> None:
+        host, _, port = self.target.rpartition(":")
+        try:
+            far, to_daemon = await asyncio.open_connection(host, int(port), limit=READ_BYTES)
+        except OSError:
+            to_site.transport.abort()
+            return
+        connection = Connection((to_site, to_daemon))
+        self.connections.append(connection)
+        self._open.add(connection)
+        ways = (("up", self.up, near, to_daemon), ("down", self.down, far, to_site))
+        tasks = []
+        for way, direction, reader, writer in ways:
+            line = Line(PIECES)
+            arrive = self._arrive(connection, way, direction, reader, line)
+            tasks += [asyncio.create_task(arrive), asyncio.create_task(_leave(line, writer))]
+        try:
+            await asyncio.gather(*tasks)
+        except OSError:
+            connection.reset()
+        finally:
+            for task in tasks:
+                task.cancel()
+            for writer in connection.writers:
+                writer.close()
+            self._open.discard(connection)
+
+    @staticmethod
+    async def _arrive(
+        connection: Connection,
+        way: str,
+        direction: Direction,
+        reader: asyncio.StreamReader,
+        line: Line,
+    ) -> None:
+        data = b"start"
+        while data:
+            data = await reader.read(direction.piece())
+            direction.came(len(data))
+            setattr(connection, way, getattr(connection, way) + len(data))
+            await line.put((await direction.enter(len(data)), data))
+
+
+async def _leave(line: Line, writer: asyncio.StreamWriter) -> None:
+    data = b"start"
+    while data:
+        due, data = await line.get()
+        if (wait := due - monotonic()) > 0:
+            await asyncio.sleep(wait)
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()

@@ -17,32 +17,18 @@ everything below it.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import tempfile
-from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import views
 from orchestrator.bench.floor import Floor, measure_floor
-from orchestrator.bench.sampler import Group, Sampler
-from orchestrator.bench.weights import TENSORS
+from orchestrator.bench.sampler import Group
+from orchestrator.bench.trial import COMPUTE, machine, run_trial, site_names
 from orchestrator.federation import Federation
 from protos.chunks import write_durably
-from protos.errors import ComputeFailed, DataCorrupt
-
-COMPUTE = "orchestrator.compute"
-"""Stands in the command line of the process that runs Ray."""
-
-CONSTANT = 2.0**-10
-"""Site i adds (i + 1) times this; a power of two, so that sums of it are exact for small weights."""
-
-RUN_S = 3600.0
 
 
 def run_exchange(sites: int, model_bytes: int, rounds: int, file: Path | None) -> dict[str, Any]:
@@ -70,106 +56,34 @@ def run_exchange(sites: int, model_bytes: int, rounds: int, file: Path | None) -
 
 def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) -> dict[str, Any]:
     """The figures of this system alone; see the module's page."""
-    elements = max(1, round(model_bytes / (4 * TENSORS)))
-    source = f"{Path(__file__).with_name('weights.py')}:Weights"
-    names = [f"site-{number:02d}" for number in range(sites)]
-    tables = {
-        name: {
-            "tasks": {
-                "weights": {"source": source, "settings": {"constant": (number + 1) * CONSTANT}}
-            },
-            "site": {"device": "cpu"},
-            "trainer": {"threads": 1},
-        }
-        for number, name in enumerate(names)
-    }
-    config = {
-        "name": "exchange",
-        "rounds": rounds,
-        "task": {"name": "weights", "params": {"elements": elements}},
-        "init": {"from": f"site:{names[0]}"},
-        "cohort": {"sites": names, "quorum": "all", "deadline_s": RUN_S},
-        "local": {
-            "work": {"steps": 1},
-            "batch_size": 1,
-            "lr": 1.0,
-            "optimizer": {"name": "sgd", "momentum": 0.0},
-        },
-        "assess": {"every": 0},
-        "strategy": [],
-    }
-    with Federation(folder, sites=tables) as federation:
+    names = site_names(sites)
+
+    def grouping(federation: Federation) -> dict[str, Group]:
         agents = federation.agents()
-        groups = {
+        return {
             "daemon": Group([federation.daemon.pid], apart=[COMPUTE]),
             "ray": Group([federation.daemon.pid], only=[COMPUTE]),
             **{name: Group([agents[name].pid]) for name in names},
         }
-        with Sampler(groups) as sampler:
-            run = federation.wait(federation.launch(config), RUN_S)
-        if run.state != "finished":
-            raise ComputeFailed(f"bench: the run is {run.state}: {run.reason}\n{federation.told()}")
-        told = federation.rounds(run.id)
-        _check_result(federation, run, folder / "export", sites)
-    starts = [*(entry.started for entry in told), run.ended or 0.0]
-    spans = list(pairwise(starts[1:]))  # without the first round
-    measured = told[1:]
+
+    trial = run_trial(folder, sites, model_bytes, rounds, grouping, 0.05)
+    sampler, cpu_s = trial.sampler, [trial.sampler.cpu_s(*span) for span in trial.spans]
     return {
         "sites": sites,
-        "model_bytes": elements * 4 * TENSORS,
+        "model_bytes": trial.model_bytes,
         "rounds": rounds,
-        "wall_s_per_round": median(end - start for start, end in spans),
-        "cpu_s_per_round": median(sampler.cpu_s(start, end) for start, end in spans),
-        "cpu_s_by_group": _by_group(sampler, names, spans),
+        "wall_s_per_round": median(trial.wall_s),
+        "cpu_s_per_round": median(cpu_s),
         "daemon_peak_rss_bytes": sampler.peak_rss_bytes("daemon"),
         "ray_peak_rss_bytes": sampler.peak_rss_bytes("ray"),
         "site_peak_rss_bytes": max(sampler.peak_rss_bytes(name) for name in names),
-        "wire_bytes_per_round": median(entry.wire_bytes for entry in measured),
-        "foreign_cores": median(sampler.foreign_cores(start, end) for start, end in spans),
-        "wall_s": [end - start for start, end in spans],
-        "cpu_s": [sampler.cpu_s(start, end) for start, end in spans],
-        "seconds_by_phase": _phases(measured),
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("farflung", "torch", "grpcio", "ray")},
-        },
+        "wire_bytes_per_round": median(entry.wire_bytes for entry in trial.rounds),
+        "foreign_cores": median(sampler.foreign_cores(*span) for span in trial.spans),
+        "wall_s": trial.wall_s,
+        "cpu_s": cpu_s,
+        "seconds_by_phase": trial.seconds_by_phase,
+        "machine": machine(),
     }
-
-
-def _by_group(
-    sampler: Sampler, names: list[str], spans: list[tuple[float, float]]
-) -> dict[str, float]:
-    def typical(group: str) -> float:
-        return median(sampler.group_cpu_s(group, start, end) for start, end in spans)
-
-    out = {group: typical(group) for group in ("daemon", "ray")}
-    return out | {"sites": sum(typical(name) for name in names)}
-
-
-def _phases(rounds: list[views.Round]) -> dict[str, float]:
-    names = dict.fromkeys(name for entry in rounds for name in entry.seconds)
-    return {name: median(entry.seconds.get(name, 0.0) for entry in rounds) for name in names}
-
-
-def _check_result(federation: Federation, run: views.Run, folder: Path, sites: int) -> None:
-    """Check that the last model is that of round 1 plus what all sites added since."""
-    from safetensors.torch import load_file
-
-    first, last = (
-        load_file(
-            next(
-                path
-                for path in federation.client.export(run.id, number, folder / number)
-                if path.suffix == ".safetensors"
-            )
-        )
-        for number in ("1", str(run.rounds))
-    )
-    added = (run.rounds - 1) * CONSTANT * (sites + 1) / 2
-    for name, tensor in first.items():
-        if name != "still" and (last[name] - tensor - added).abs().max() > 1e-4:
-            raise DataCorrupt(f"bench: tensor {name} is not what the sites made of it", tensor=name)
 
 
 def _floor_figures(floor: Floor) -> dict[str, Any]:

@@ -66,3 +66,26 @@ def exchange(
     from orchestrator.bench.exchange import run_exchange
 
     run_exchange(sites, round(model_mb * 1e6), rounds, json_file)
+
+
+@bench.command()
+def rounds(
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Site agents.")] = 4,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=3, help="Rounds; the first is not counted.")
+    ] = 26,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure the cost of a round itself: a 40 KB model, nothing is trained.
+
+    Real processes over mutual TLS on loopback, with spool, outbox, ledger, fsync and signatures;
+    and bare gRPC with TLS and the synced writes that a round can't do without as the floor.
+
+    Example: `farflung bench rounds --sites 4 --json rounds.json`
+    """
+    from orchestrator.bench.rounds import run_rounds
+
+    run_rounds(sites, rounds, json_file)

@@ -94,11 +94,13 @@ def test_memory_is_the_sum_over_the_tree_and_a_part_can_stand_apart(tmp_path: Pa
         }
         with Sampler(groups) as sampler:
             pass
+        pss = groups["apart"].pss_bytes()
         process.kill()
         os.kill(inner, 9)
     assert sampler.peak_rss_bytes("all") > 65e6
     assert 60e6 < sampler.peak_rss_bytes("apart") < sampler.peak_rss_bytes("all")
     assert sampler.peak_rss_bytes("none") == 0
+    assert 60e6 < pss < sampler.peak_rss_bytes("apart")  # what it shares with others is divided
 
 
 def test_between_samples_it_interpolates() -> None:
@@ -109,6 +111,7 @@ def test_between_samples_it_interpolates() -> None:
     ]
     assert sampler.cpu_s(10.0, 11.0) == pytest.approx(1.0)
     assert sampler.cpu_s(0.0, 99.0) == pytest.approx(2.0)
+    assert sampler.cpu_s(10.0, 11.0, "b") == pytest.approx(0.5)
     assert sampler.foreign_cores(10.0, 12.0) == pytest.approx(1.0)
 
 

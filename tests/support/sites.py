@@ -102,13 +102,13 @@ def ask(home: Path, *words: str) -> dict[str, Any]:
 
 
 class RunningAgent:
-    """``farflung-site run`` as a process."""
+    """``farflung-site run`` as a process; ``before`` stands before the command."""
 
-    def __init__(self, home: Path, **environment: str) -> None:
+    def __init__(self, home: Path, before: Sequence[str] = (), **environment: str) -> None:
         self.home = home
         self._log = (home / "stdout.log").open("ab")
         self.process = subprocess.Popen(
-            site_command("run", "--home", str(home), "--json"),
+            [*before, *site_command("run", "--home", str(home), "--json")],
             stdout=self._log,
             stderr=self._log,
             env={**os.environ, **environment},

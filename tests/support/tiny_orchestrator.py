@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from orchestrator.daemon import SITE_OPTIONS
 from protos import identity
 from protos.chunks import ChunkFile, read_chunks
 from protos.contribution import Header
@@ -31,13 +32,16 @@ LIMIT_S = 60.0
 
 
 class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer):
-    def __init__(self, folder: Path, federation: str = "tiny") -> None:
-        self.folder, self.federation = folder, federation
+    def __init__(
+        self, folder: Path, federation: str = "tiny", host: str = "127.0.0.1", beat_s: float = 0.2
+    ) -> None:
+        self.folder, self.federation, self.host, self.beat_s = folder, federation, host, beat_s
         folder.mkdir(parents=True, exist_ok=True)
         self.authority = identity.new_authority(federation)
         self.models: dict[str, tuple[Path, Manifest, Index]] = {}
         self.changed = threading.Condition()
         self.said: list[site_pb2.FromSite] = []
+        self.heard: list[tuple[float, site_pb2.FromSite]] = []  # the same, and when
         self.streams: list[queue.SimpleQueue[site_pb2.ToSite | None]] = []
         self.used: set[str] = set()
         self.revoked: set[str] = set()
@@ -57,7 +61,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
     def start(self) -> None:
         key = identity.new_key()
         name = identity.Identity(self.federation, "orchestrator", "orchestrator")
-        hosts = ("localhost", "127.0.0.1")
+        hosts = ("localhost", self.host)
         leaf = identity.issue(self.authority, key.public_key(), name, timedelta(days=1), hosts)
         credentials = grpc.ssl_server_credentials(
             [(identity.key_pem(key), identity.certificate_pem(leaf))],
@@ -66,12 +70,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         )
         self.server = grpc.server(
             ThreadPoolExecutor(16),
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", 16 << 20),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
+            options=SITE_OPTIONS,
             interceptors=[ErrorInterceptor()],
         )
         site_pb2_grpc.add_ControlServicer_to_server(self, self.server)
@@ -79,7 +78,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         deadline = monotonic() + LIMIT_S
         while True:  # after a restart the old port may take a moment
             try:
-                self.port = self.server.add_secure_port(f"127.0.0.1:{self.port}", credentials)
+                self.port = self.server.add_secure_port(f"{self.host}:{self.port}", credentials)
                 break
             except RuntimeError:
                 if monotonic() > deadline:
@@ -96,7 +95,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def invite(self, site: str) -> str:
         key = identity.new_key()
@@ -155,6 +154,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
     def _hear(self, message: site_pb2.FromSite) -> None:
         with self.changed:
             self.said.append(message)
+            self.heard.append((monotonic(), message))
             self.changed.notify_all()
 
     # -- control ---------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         hello = next(request_iterator)
         assert hello.WhichOneof("kind") == "hello"
         outgoing: queue.SimpleQueue[site_pb2.ToSite | None] = queue.SimpleQueue()
-        welcome = site_pb2.Welcome(federation=self.federation, protocol=1, heartbeat_s=0.2)
+        welcome = site_pb2.Welcome(federation=self.federation, protocol=1, heartbeat_s=self.beat_s)
         outgoing.put(site_pb2.ToSite(welcome=welcome))
 
         def read() -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from orchestrator.bench.floor import Floor, measure_floor
 from orchestrator.bench.sampler import Group
-from orchestrator.bench.trial import COMPUTE, machine, run_trial, site_names
+from orchestrator.bench.trial import COMPUTE, Trial, machine, run_trial, site_names
 from orchestrator.federation import Federation
 from protos.chunks import write_durably
 
@@ -74,6 +74,7 @@ def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) ->
         "rounds": rounds,
         "wall_s_per_round": median(trial.wall_s),
         "cpu_s_per_round": median(cpu_s),
+        "cpu_s_by_group": _by_group(trial, names),
         "daemon_peak_rss_bytes": sampler.peak_rss_bytes("daemon"),
         "ray_peak_rss_bytes": sampler.peak_rss_bytes("ray"),
         "site_peak_rss_bytes": max(sampler.peak_rss_bytes(name) for name in names),
@@ -84,6 +85,14 @@ def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) ->
         "seconds_by_phase": trial.seconds_by_phase,
         "machine": machine(),
     }
+
+
+def _by_group(trial: Trial, names: list[str]) -> dict[str, float]:
+    def typical(group: str) -> float:
+        return median(trial.sampler.cpu_s(start, end, group) for start, end in trial.spans)
+
+    out = {group: typical(group) for group in ("daemon", "ray")}
+    return out | {"sites": sum(typical(name) for name in names)}
 
 
 def _floor_figures(floor: Floor) -> dict[str, Any]:

@@ -214,10 +214,6 @@ class Sampler:
         what = group or "all"
         return self._between(what, end) - self._between(what, start)
 
-    def group_cpu_s(self, group: str, start: float, end: float) -> float:
-        """Processor seconds of one group between two moments."""
-        return self._between(group, end) - self._between(group, start)
-
     def foreign_cores(self, start: float, end: float) -> float:
         """Processors that everything else kept busy meanwhile; this sampler is part of it."""
         busy = self._between("busy", end) - self._between("busy", start)

@@ -8,7 +8,7 @@ manifest (build, placement, groups) can't have a phase: the manifest is one for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, cast
@@ -316,9 +316,22 @@ def describe(
     return Manifest(tuple(specs))
 
 
-def weighted_mean(stack: Tensor, weights: Tensor) -> Tensor:
-    """(n, elements), (n,) float64 summing to one -> (elements,) float64, added in row order."""
-    out = torch.zeros(stack.shape[1], dtype=torch.float64)
-    for row, weight in zip(stack, weights.tolist(), strict=True):
+def weighted_mean(rows: Iterable[Tensor], weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """N rows of (elements,), (n,) float64 summing to one -> (elements,) float64.
+
+    Added in the order of the rows, which may share memory if they are made one after the other.
+
+    Args:
+        rows: A tensor (n, elements), or anything that gives its rows.
+        weights: One for each row.
+        out: Where the mean is built, float64; fresh memory by default.
+    """
+    for number, (row, weight) in enumerate(zip(rows, weights.tolist(), strict=True)):
+        if out is None:
+            out = torch.empty(row.shape, dtype=torch.float64)
+        if number == 0:
+            out.zero_()
         out.add_(row, alpha=weight)
+    if out is None:
+        raise ValueError("the mean of no rows")
     return out

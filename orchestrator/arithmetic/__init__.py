@@ -8,10 +8,11 @@ holds a model, a task's code, or torch.
 FUNCTIONS: dict[str, str] = {
     "check_stack": "orchestrator.arithmetic.planning:check_stack",
     "plan_round": "orchestrator.arithmetic.planning:plan_round",
-    "state_manifest": "orchestrator.arithmetic.reduction:state_manifest",
+    "prepare": "orchestrator.arithmetic.reduction:prepare",
     "measure_run": "orchestrator.arithmetic.reduction:measure_run",
     "weigh": "orchestrator.arithmetic.reduction:weigh",
     "reduce_run": "orchestrator.arithmetic.reduction:reduce_run",
+    "reduce_at_once": "orchestrator.arithmetic.reduction:reduce_at_once",
     "check_blocks": "orchestrator.arithmetic.reduction:check_blocks",
     "pool": "orchestrator.arithmetic.assessment:pool",
     "assess": "orchestrator.arithmetic.assessment:assess",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
+from orchestrator.arithmetic.places import read_range
 from protos.plan import OptimizerChoice, Schedule, StrategyChoice, Work
 from protos.tensors import from_bytes
 from strategies.protocol import Draft, RoundSummary
@@ -77,8 +77,7 @@ def plan_round(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_payload(spec: dict[str, Any]) -> Any:
-    """A side payload as a tensor, from where it lies in a file."""
-    with Path(spec["path"]).open("rb") as file:
-        file.seek(spec["offset"])
-        data = file.read(spec["nbytes"])
+    """A side payload as a tensor, from where it lies (``path`` is a location)."""
+    start = spec["offset"]
+    data = read_range(spec["path"], start, start + spec["nbytes"])
     return from_bytes(data, spec["dtype"], tuple(spec["shape"]))

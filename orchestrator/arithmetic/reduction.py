@@ -1,174 +1,118 @@
 """The reduction: from the sites' spooled updates to the next model, tile by tile.
 
 Each call handles a run of consecutive tiles. It reads their ranges of the base and of every
-contribution straight from the files, decodes, weighs, reduces and steps in site-id order, and
-writes the same ranges of the next model: memory is O(sites x tile), whatever the model's size.
+contribution from where they lie, decodes, weighs, reduces and steps in site-id order, and writes the
+same ranges of the next model: memory is O(sites x tile) for rules that see every update, O(tile) for
+the mean, whatever the model's size.
 
 The bits don't depend on how tiles are grouped into runs, or on how many workers there are: tile
 borders come from the manifest alone, every worker uses one torch thread, the mean is accumulated in
 site order in fp64 and rounded once, sums per tile are fp64 and combined in tile order by the caller.
+Sums of squares are dot products of whole tiles in memory that is aligned always alike, which BLAS
+needs in order to give the same bits.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.arithmetic import assessment
+from orchestrator.arithmetic.job import Job, Outputs, Room, open_source
 from orchestrator.arithmetic.planning import load_payload, stack_of
-from protos.contribution import Header
-from protos.errors import ContributionRefused
-from protos.manifest import DTYPE_BYTES, Manifest, TensorSpec, Tile
-from protos.tensors import DTYPES, dtype_name, from_bytes, view_bytes
-from strategies.context import Cohort, Moment
+from orchestrator.rounds.passes import passes
+from protos.manifest import Manifest, TensorSpec, Tile
+from protos.tensors import DTYPES, dtype_name
+from strategies.context import Cohort
 from strategies.stack import Stack, weighted_mean
 
-
-@dataclass
-class Source:
-    """One site's contribution: an open file, and where each covered tile lies in it."""
-
-    site: str
-    fd: int
-    spans: dict[int, tuple[int, int]]
-    codec: str
-    weights: list[float]
-
-    def read(self, tile: Tile, stack: Stack) -> Tensor:
-        """The tile's values, fp32 or wider (counters as they are)."""
-        start, stop = self.spans[tile.index]
-        data = os.pread(self.fd, stop - start, start)
-        if self.codec and tile.spec.kind == "parameter":
-            if stack.codec is None or stack.codec.name != self.codec:
-                raise ContributionRefused(
-                    f"site {self.site}: encoded with {self.codec}, which is not this run's codec",
-                    site=self.site,
-                )
-            values = stack.decode(data, tile)
-            if values.shape != (tile.elements,):
-                raise ContributionRefused(
-                    f"site {self.site}, tensor {tile.spec.name}: a block decodes to "
-                    f"{list(values.shape)} where {tile.elements} elements belong",
-                    site=self.site,
-                    tensor=tile.spec.name,
-                )
-            return values.to(DTYPES[tile.spec.wire_dtype])
-        return from_bytes(data, tile.spec.wire_dtype, (tile.elements,))
+GRAM_BLOCK = 1 << 14
+"""Columns of the updates that are widened to fp64 at a time."""
 
 
-@dataclass
-class Job:
-    """What all runs of one reduction share; opened once per worker."""
+def prepare(args: dict[str, Any]) -> dict[str, Any]:
+    """Make the files that the runs write into, at their full size.
 
-    manifest: Manifest
-    stack: Stack
-    whole_stack: Stack
-    moment: Moment
-    base_fd: int
-    out_fd: int
-    sources: list[Source]
-    groups: list[str]
-    state_manifest: Manifest | None
-    state_in: int
-    state_out: int
+    Args:
+        args: ``job``, see `Job`.
 
-    def close(self) -> None:
-        """Close all files."""
-        for fd in (self.base_fd, self.out_fd, self.state_in, self.state_out):
-            if fd >= 0:
-                os.close(fd)
-        for source in self.sources:
-            os.close(source.fd)
+    Returns:
+        ``measure``: whether pass 1 is needed; ``state_manifest``: JSON text of the outer state's
+        manifest, which is also written where the job says, empty if the stack keeps none.
+    """
+    job = args["job"]
+    manifest = Manifest.decode(Path(job["manifest"]).read_bytes())
+    _make(job["out"], manifest.nbytes)
+    state = state_manifest(stack_of(job["whole_stack"]), manifest)
+    if state is not None:
+        Path(job["state"]["manifest"]).write_bytes(state.encoded)
+        _make(job["state"]["out"], state.nbytes)
+    return {
+        "measure": bool({"norms", "gram"} & stack_of(job["stack"]).needs),
+        "state_manifest": state.encoded.decode() if state is not None else "",
+    }
 
 
-def _open_job(path: str) -> Job:
-    raw = json.loads(Path(path).read_bytes())
-    manifest = Manifest.decode(Path(raw["manifest"]).read_bytes())
-    stack = stack_of(raw["stack"])
-    covered = manifest.covering(raw["covered"])
-    order = {(t.spec.name, t.start): t.index for t in manifest.tiles}
-    sources = []
-    for row in raw["sources"]:
-        header = Header.decode(Path(row["header"]).read_bytes())
-        spans = header.block_spans(covered)
-        by_tile = {
-            order[(t.spec.name, t.start)]: s for t, s in zip(covered.tiles, spans, strict=True)
-        }
-        fd = os.open(row["payload"], os.O_RDONLY)
-        sources.append(Source(row["site"], fd, by_tile, header.codec, row.get("weights", [])))
-    state_manifest = None
-    state_in = state_out = -1
-    if raw.get("state_manifest"):
-        state_manifest = Manifest.decode(Path(raw["state_manifest"]).read_bytes())
-        state_out = os.open(raw["state_out"], os.O_RDWR)
-        if raw.get("state_in"):
-            state_in = os.open(raw["state_in"], os.O_RDONLY)
-    return Job(
-        manifest=manifest,
-        stack=stack,
-        whole_stack=stack_of(raw["whole_stack"]),
-        moment=Moment(round=raw["round"], seed=raw["seed"], sites=len(sources)),
-        base_fd=os.open(raw["base"], os.O_RDONLY),
-        out_fd=os.open(raw["out"], os.O_RDWR) if raw.get("out") else -1,
-        sources=sources,
-        groups=list(raw["groups"]),
-        state_manifest=state_manifest,
-        state_in=state_in,
-        state_out=state_out,
-    )
+def _make(path: str, nbytes: int) -> None:
+    with open(path, "wb") as file:  # noqa: PTH123
+        os.truncate(file.fileno(), nbytes)
 
 
-def _read(fd: int, manifest: Manifest, position: int, start: int, stop: int) -> Tensor:
-    spec = manifest.tensors[position]
-    width = DTYPE_BYTES[spec.dtype]
-    data = os.pread(fd, (stop - start) * width, manifest.offsets[position] + start * width)
-    return from_bytes(data, spec.dtype, (stop - start,))
-
-
-def _write(fd: int, manifest: Manifest, position: int, start: int, values: Tensor) -> None:
-    spec = manifest.tensors[position]
-    at = manifest.offsets[position] + start * DTYPE_BYTES[spec.dtype]
-    view = view_bytes(values)
-    while view:
-        written = os.pwrite(fd, view, at)
-        view, at = view[written:], at + written
-
-
-def _tiles(job: Job, args: dict[str, Any]) -> Iterator[Tile]:
-    yield from job.manifest.tiles[args["first"] : args["end"]]
+def state_manifest(stack: Stack, manifest: Manifest) -> Manifest | None:
+    """The manifest of a stack's outer state: per key one flat tensor for each parameter."""
+    seen: dict[str, dict[str, str]] = {}
+    for tile in manifest.tiles:
+        if tile.spec.kind == "parameter" and tile.start == 0:
+            seen[tile.spec.name] = {k: dtype_name(v) for k, v in stack.init_state(tile).items()}
+    specs = [
+        TensorSpec(f"{key}/{name}", (manifest[name].elements,), state[key], "statistic")
+        for key in dict.fromkeys(k for state in seen.values() for k in state)
+        for name, state in seen.items()
+    ]
+    return Manifest(tuple(specs)) if specs else None
 
 
 def measure_run(args: dict[str, Any]) -> dict[str, Any]:
     """Pass 1: per tile the Gram matrix of the parameters' updates, (n, n) fp64.
 
     Args:
-        args: ``job`` (path), ``first``, ``end`` (tile numbers).
+        args: ``job``, ``first``, ``end`` (tile numbers).
     """
-    torch.set_num_threads(1)
-    job = _open_job(args["job"])
+    job = Job.open(args["job"])
     try:
-        out = []
-        for tile in _tiles(job, args):
-            if tile.spec.kind != "parameter" or not _covered(job, tile):
-                continue
-            rows = torch.stack([s.read(tile, job.stack).double() for s in job.sources])
-            gram = [[float((a * b).sum()) for b in rows] for a in rows]
-            out.append({"tile": tile.index, "gram": gram})
-        return {"tiles": out}
+        return {
+            "tiles": [
+                {"tile": tile.index, "gram": _gram(job, tile)}
+                for tile in job.manifest.tiles[args["first"] : args["end"]]
+                if tile.spec.kind == "parameter" and job.covers(tile)
+            ]
+        }
     finally:
         job.close()
 
 
-def _covered(job: Job, tile: Tile) -> bool:
-    return bool(job.sources) and tile.index in job.sources[0].spans
+def _gram(job: Job, tile: Tile) -> list[list[float]]:
+    rows = _rows(job, tile)
+    out = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, tile.elements, GRAM_BLOCK):
+        wide = rows[:, start : start + GRAM_BLOCK].double()
+        out.addmm_(wide, wide.T)
+    # BLAS does not promise that both halves have the same bits.
+    exact: list[list[float]] = ((out + out.T) / 2).tolist()
+    return exact
+
+
+def _rows(job: Job, tile: Tile) -> Tensor:
+    """A tile of every site, (n, elements)."""
+    rows = job.room.rows(len(job.sources), DTYPES[tile.spec.wire_dtype], tile.elements)
+    for source, row in zip(job.sources, rows, strict=True):
+        source.read(tile, job.stack, row)
+    return rows
 
 
 def weigh(args: dict[str, Any]) -> dict[str, Any]:
@@ -208,137 +152,130 @@ def reduce_run(args: dict[str, Any]) -> dict[str, Any]:
     """Pass 2: reduce and step a run of tiles and write them.
 
     Args:
-        args: ``job`` (path), ``first``, ``end`` (tile numbers).
+        args: ``job``, ``weights`` (per source a list over the groups), ``first``, ``end`` (tile
+            numbers).
 
     Returns:
         ``tiles``: per parameter tile its number and the fp64 sums of squares of the reduced update
-        (before outer step) and of the base.
+        (before outer step) and of the base; ``chunks`` and ``state_chunks``: number and digest of
+        the chunks that lie wholly in this run.
     """
-    torch.set_num_threads(1)
-    job = _open_job(args["job"])
+    job = Job.open(args["job"])
     try:
-        out = []
-        for tile in _tiles(job, args):
-            base = _read(job.base_fd, job.manifest, tile.tensor, tile.start, tile.stop)
-            if not _covered(job, tile):
-                _write(job.out_fd, job.manifest, tile.tensor, tile.start, base)
-                if job.state_manifest is not None and tile.spec.kind == "parameter":
-                    _write_state(job, tile, _state(job, tile))
-                continue
-            rows = [s.read(tile, job.stack) for s in job.sources]
-            if tile.spec.kind == "counter":
-                new = torch.stack(rows).amax(0)
-            elif tile.spec.kind == "statistic":
-                group = job.groups.index(tile.spec.group)
-                weights = torch.tensor([s.weights[group] for s in job.sources], dtype=torch.float64)
-                total = weights.sum()
-                new = base
-                if total > 0:
-                    new = weighted_mean(torch.stack(rows), weights / total).to(base.dtype)
-            else:
-                new, delta = _reduce_tile(job, tile, base, rows)
-                out.append(
-                    {
-                        "tile": tile.index,
-                        "delta_sq": float(delta.double().square().sum()),
-                        "base_sq": float(base.double().square().sum()),
-                    }
-                )
-            _write(job.out_fd, job.manifest, tile.tensor, tile.start, new)
-        os.fsync(job.out_fd)
-        if job.state_out >= 0:
-            os.fsync(job.state_out)
-        return {"tiles": out}
+        outputs = Outputs(job, args["job"])
+        weights = torch.tensor(args["weights"], dtype=torch.float64)
+        done = False
+        try:
+            sums = []
+            for tile in job.manifest.tiles[args["first"] : args["end"]]:
+                sums += _reduce_tile(job, tile, weights, outputs)
+            done = True
+        finally:
+            chunks = outputs.close(sync=done)
+        return {"tiles": sums, **chunks}
     finally:
         job.close()
 
 
-def _reduce_tile(job: Job, tile: Tile, base: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    group = job.groups.index(tile.spec.group)
-    weights = torch.tensor([s.weights[group] for s in job.sources], dtype=torch.float64)
-    wire = DTYPES[tile.spec.wire_dtype]
-    delta = job.stack.reduce(torch.stack(rows), weights, tile).to(wire)
-    state = _state(job, tile) if job.state_manifest is not None else {}
-    change, state = job.stack.step(delta, base.to(wire), state, tile, job.moment)
-    if job.state_manifest is not None:
-        _write_state(job, tile, state)
-    return (base.double() - change.double()).to(base.dtype), delta
+def _reduce_tile(job: Job, tile: Tile, weights: Tensor, outputs: Outputs) -> list[dict[str, Any]]:
+    base, kind = job.base_tile(tile), tile.spec.kind
+    if not job.covers(tile):
+        outputs.model(tile, base)
+        if kind == "parameter" and job.state_manifest is not None:
+            outputs.state(tile, job.state_tile(tile))
+        return []
+    if kind == "counter":
+        outputs.model(tile, _rows(job, tile).amax(0))
+        return []
+    column = weights[:, job.groups.index(tile.spec.group)]
+    if kind == "statistic":
+        total = column.sum()
+        new = base
+        if total > 0:
+            new = job.room.tile("new", base.dtype, tile.elements)
+            new.copy_(_mean(job, tile, column / total))
+        outputs.model(tile, new)
+        return []
+    return [_step_tile(job, tile, base, column, outputs)]
 
 
-def _state(job: Job, tile: Tile) -> dict[str, Tensor]:
-    if job.state_in < 0:
-        return job.whole_stack.init_state(tile)
-    out = {}
-    if manifest := job.state_manifest:
-        for key in _state_keys(manifest):
-            position = manifest.positions[f"{key}/{tile.spec.name}"]
-            out[key] = _read(job.state_in, manifest, position, tile.start, tile.stop)
-    return out
+def _step_tile(
+    job: Job, tile: Tile, base: Tensor, weights: Tensor, outputs: Outputs
+) -> dict[str, Any]:
+    n, wire = tile.elements, DTYPES[tile.spec.wire_dtype]
+    delta = job.room.tile("delta", wire, n)
+    if job.stack.owner("reduce") is None:
+        delta.copy_(_mean(job, tile, weights))
+    else:
+        delta.copy_(job.stack.reduce(_rows(job, tile), weights, tile))
+    change = job.room.tile("wide", torch.float64, n).copy_(delta)
+    delta_sq = float(torch.dot(change, change))
+    if job.state_manifest is not None or job.stack.having("step"):
+        state = job.state_tile(tile) if job.state_manifest is not None else {}
+        stepped, state = job.stack.step(delta, base.to(wire), state, tile, job.moment)
+        change.copy_(stepped)
+        outputs.state(tile, state)
+    new = job.room.tile("next", torch.float64, n).copy_(base)
+    base_sq = float(torch.dot(new, new))
+    outputs.model(tile, job.room.tile("new", base.dtype, n).copy_(new.sub_(change)))
+    return {"tile": tile.index, "delta_sq": delta_sq, "base_sq": base_sq}
 
 
-def _write_state(job: Job, tile: Tile, state: dict[str, Tensor]) -> None:
-    if manifest := job.state_manifest:
-        for key in _state_keys(manifest):
-            position = manifest.positions[f"{key}/{tile.spec.name}"]
-            expected = DTYPES[manifest.tensors[position].dtype]
-            _write(job.state_out, manifest, position, tile.start, state[key].to(expected))
+def _mean(job: Job, tile: Tile, weights: Tensor) -> Tensor:
+    """The weighted mean in fp64, one site's tile in memory at a time."""
+    row = job.room.tile("row", DTYPES[tile.spec.wire_dtype], tile.elements)
+    return weighted_mean(
+        (source.read(tile, job.stack, row) for source in job.sources),
+        weights,
+        job.room.tile("wide", torch.float64, tile.elements),
+    )
 
 
-@lru_cache(maxsize=4)
-def _state_keys(manifest: Manifest) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(t.name.split("/", 1)[0] for t in manifest))
-
-
-def state_manifest(args: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the outer state of a stack: per key one flat tensor for each parameter.
+def reduce_at_once(args: dict[str, Any]) -> dict[str, Any]:
+    """All passes in this worker: a small model costs one call.
 
     Args:
-        args: ``stack`` and ``manifest`` (path).
+        args: ``job``, and ``spans``: runs of tiles.
 
     Returns:
-        ``manifest``: its JSON text; empty if the stack keeps no outer state.
+        As of `passes`.
     """
-    manifest = Manifest.decode(Path(args["manifest"]).read_bytes())
-    stack = stack_of(args["stack"])
-    specs = []
-    seen: dict[str, dict[str, str]] = {}
-    for tile in manifest.tiles:
-        if tile.spec.kind == "parameter" and tile.start == 0:
-            seen[tile.spec.name] = {k: dtype_name(v) for k, v in stack.init_state(tile).items()}
-    keys = dict.fromkeys(k for state in seen.values() for k in state)
-    for key in keys:
-        for name, state in seen.items():
-            size = manifest[name].elements
-            specs.append(TensorSpec(f"{key}/{name}", (size,), state[key], "statistic"))
-    return {"manifest": Manifest(tuple(specs)).encoded.decode() if specs else ""}
+    table = {
+        "prepare": prepare,
+        "measure_run": measure_run,
+        "weigh": weigh,
+        "reduce_run": reduce_run,
+        "pool": assessment.pool,
+    }
+    return passes(args["job"], args["spans"], lambda name, items: [table[name](i) for i in items])
 
 
 def check_blocks(args: dict[str, Any]) -> dict[str, Any]:
     """Decode one encoded contribution and check it: finite, and its norm.
 
     Args:
-        args: ``manifest`` (path), ``covered``, ``stack``, ``header``, ``payload`` (paths), ``site``.
+        args: ``manifest`` (path), ``covered``, ``stack``, ``header`` (path), ``payload``
+            (location), ``site``.
 
     Returns:
         ``norm`` over parameters, and ``bad``: the first tensor with NaN or infinity, or empty.
     """
-    torch.set_num_threads(1)
     manifest = Manifest.decode(Path(args["manifest"]).read_bytes()).covering(args["covered"])
-    header = Header.decode(Path(args["header"]).read_bytes())
-    stack = stack_of(args["stack"])
-    spans = dict(enumerate(header.block_spans(manifest)))
-    fd = os.open(args["payload"], os.O_RDONLY)
+    stack, room = stack_of(args["stack"]), Room()
+    source = open_source(args, manifest)
     try:
-        source = Source(args["site"], fd, spans, header.codec, [])
         total = 0.0
         for tile in manifest.tiles:
             if tile.spec.kind == "counter":
                 continue
-            square = float(source.read(tile, stack).double().square().sum())
+            row = room.tile("row", DTYPES[tile.spec.wire_dtype], tile.elements)
+            wide = room.tile("wide", torch.float64, tile.elements)
+            wide.copy_(source.read(tile, stack, row))
+            square = float(torch.dot(wide, wide))
             if not math.isfinite(square):
                 return {"norm": None, "bad": tile.spec.name}
             if tile.spec.kind == "parameter":
                 total += square
         return {"norm": math.sqrt(total), "bad": ""}
     finally:
-        os.close(fd)
+        source.reader.close()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.arithmetic.job import open_source
 from orchestrator.arithmetic.models import build, load_part, state_of, write_parts
 from orchestrator.arithmetic.planning import load_payload
-from orchestrator.arithmetic.reduction import Source
-from protos.contribution import Header
 from protos.errors import ComputeFailed
 from protos.manifest import Manifest
 from protos.tensors import DTYPES, map_file
@@ -79,16 +77,13 @@ def refine(args: dict[str, Any]) -> dict[str, Any]:
 def _site_state(
     row: dict[str, Any], shared: Manifest, covered: Manifest, base: dict[str, Tensor], stack: Stack
 ) -> dict[str, Tensor]:
-    header = Header.decode(Path(row["header"]).read_bytes())
-    spans = dict(enumerate(header.block_spans(covered)))
-    fd = os.open(row["payload"], os.O_RDONLY)
+    source = open_source(row, covered)
     try:
-        source = Source(row["site"], fd, spans, header.codec, [])
         pieces: dict[str, list[Tensor]] = {}
         for tile in covered.tiles:
             pieces.setdefault(tile.spec.name, []).append(source.read(tile, stack))
     finally:
-        os.close(fd)
+        source.reader.close()
     out = {name: tensor.clone() for name, tensor in base.items() if name not in pieces}
     for name, parts in pieces.items():
         spec = shared[name]

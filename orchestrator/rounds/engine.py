@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -24,11 +25,14 @@ from orchestrator.store import Store
 from orchestrator.views import Plugin
 from protos.chunks import write_durably
 from protos.contribution import Header
+from protos.digest import canonical
 from protos.errors import ConfigInvalid, FarflungError, by_name
 from protos.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_AT_ITEM = re.compile(r"\A\w+ raised \w+ at item \d+ of \d+: ")
 
 COMPUTE_S = 24 * 3600.0
 """Bound of one reduction; Ray's own failures come much sooner."""
@@ -56,6 +60,7 @@ class Engine:
     publish: Callable[[], None]
     workers: int = 1
     stopping: Callable[[], bool] = field(default=lambda: False)
+    _stacks: dict[bytes, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, function: str, args: dict[str, Any]) -> dict[str, Any]:
         """One call of a function of `arithmetic.FUNCTIONS`.
@@ -64,10 +69,25 @@ class Engine:
             FarflungError: What the function raised, if it is in the tree of `protos/errors.py`.
             ComputeFailed: It raised something else, or could not be run.
         """
+        return self.run(function, [args])[0]
+
+    def run(self, function: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same for many items, in parallel; gives the results in their order."""
         try:
-            return self.compute.map(function, [args], COMPUTE_S)[0]
+            return self.compute.map(function, items, COMPUTE_S)
         except FunctionFailed as error:
             raise _said(error) from error
+
+    def stack_facts(self, stack: list[dict[str, Any]]) -> dict[str, Any]:
+        """What `arithmetic.planning.check_stack` says of some choices; asked once for each stack.
+
+        Raises:
+            ConfigInvalid: What is wrong with them.
+        """
+        name = canonical(stack)
+        if name not in self._stacks:
+            self._stacks[name] = self.ask("check_stack", {"stack": stack})
+        return self._stacks[name]
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -142,7 +162,7 @@ def _said(error: FunctionFailed) -> FarflungError:
     if cls is FarflungError:
         return error
     facts = {k: v for k, v in error.facts.items() if k in ("function", "where")}
-    message = error.message.partition(" at item 0 of 1: ")[2] or error.message
+    message = _AT_ITEM.sub("", error.message, count=1)
     return cls(message.removesuffix(f" ({error.facts.get('where', '')})"), **facts)
 
 

@@ -2,68 +2,57 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import ContributionRow
-from orchestrator.rounds.engine import (
-    COMPUTE_S,
-    Candidate,
-    Engine,
-    Model,
-    Planned,
-    payload_specs,
-    write_json,
-)
+from orchestrator.rounds.engine import Candidate, Engine, Model, Planned, payload_specs
 from orchestrator.rounds.gather import Closed
+from orchestrator.rounds.passes import passes
 from protos.contribution import Header
-from protos.manifest import Manifest
+from protos.digest import digest
+from protos.manifest import CHUNK_BYTES, Index, Manifest
 
 RUNS_PER_WORKER = 4
-"""Tasks per worker: few enough that their cost does not show, enough to balance."""
+"""Runs of tiles for each worker: few enough that their cost does not show, enough to balance."""
+
+RUN_BYTES = 64 << 20
+"""What a run reads at least: it takes ten times as long as the call. A model that needs no more than
+this is reduced by one call for all passes together."""
 
 
 def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
     """Reduce and step all tiles; gives the candidate, in the store."""
-    store, draft = engine.store, planned.row.draft
-    shared = store.manifest(draft["manifest"])
+    store = engine.store
+    shared = store.manifest(planned.row.draft["manifest"])
+    rows = closed.contributions
     with engine.scratch(f"reduce-{planned.name}") as folder:
-        rows = closed.contributions
-        payloads = {c.site: payload_specs(engine, c) for c in rows}
-        job = _job(engine, planned, rows, folder)
-        spans = runs(shared, engine.workers * RUNS_PER_WORKER)
-        weights = _weights(engine, planned, rows, job, spans, payloads, folder)
-        for source in job["sources"]:
-            source["weights"] = weights[source["site"]]
-        out = store.scratch(f"{planned.name}-model")
-        state_out = _state_files(engine, planned, job, folder)
-        with out.open("wb") as file:
-            os.truncate(file.fileno(), shared.nbytes)
-        job["out"] = str(out)
-        path = write_json(folder / "reduce.json", job)
-        results = engine.compute.map(
-            "reduce_run",
-            [{"job": path, "first": a, "end": b} for a, b in spans],
-            COMPUTE_S,
-        )
-        model = store.put_file(out, shared.digest).digest
+        job = job_of(engine, planned, rows, folder)
+        reads = shared.nbytes * (len(rows) + 1)
+        if reads <= RUN_BYTES:
+            spans = runs(shared, 1)
+            done = engine.ask("reduce_at_once", {"job": job, "spans": spans})
+        else:
+            spans = runs(shared, min(engine.workers * RUNS_PER_WORKER, reads // RUN_BYTES))
+            done = passes(job, spans, engine.run)
+        model = _adopt(engine, Path(job["out"]), shared, done["chunks"])
         outer_state = ""
-        if state_out is not None:
-            manifest = Manifest.decode(Path(job["state_manifest"]).read_bytes())
+        if done["state_manifest"]:
+            manifest = Manifest.decode(done["state_manifest"].encode())
             store.put_manifest(manifest)
-            outer_state = store.put_file(state_out, manifest.digest).digest
-        merged = _merged(engine, rows, payloads, folder)
-    weight = {site: sum(w) / len(w) for site, w in weights.items()}
+            outer_state = _adopt(engine, Path(job["state"]["out"]), manifest, done["state_chunks"])
+        merged = _merged(engine, done["payloads"], Path(job["pool"]["out"]))
+    weight = {site: sum(w) / len(w) for site, w in done["weights"].items()}
     for site, value in weight.items():
         engine.board.note(site, weight=value)
     return Candidate(
         model=Model(model, planned.base.frozen, planned.base.orchestrator),
         outer_state=outer_state,
-        relative_change=_relative_change(results),
+        relative_change=done["relative_change"],
         weights=weight,
-        memos=draft["memos"],
+        memos=planned.row.draft["memos"],
         payloads=merged,
     )
 
@@ -84,13 +73,20 @@ def runs(manifest: Manifest, count: int) -> list[tuple[int, int]]:
     return out
 
 
-def _job(
+def job_of(
     engine: Engine, planned: Planned, rows: tuple[ContributionRow, ...], folder: Path
 ) -> dict[str, Any]:
-    draft = planned.row.draft
+    """The document of `arithmetic.job.Job`; its outputs are names that no other attempt has."""
+    store, draft, before = engine.store, planned.row.draft, planned.before.outer_state
+    headers = [Header.decode(c.header) for c in rows]
+    for header in headers:
+        engine.board.note(
+            header.site, examples=header.examples, loss=header.metrics.get("train_loss")
+        )
+    payloads = [payload_specs(engine, c) for c in rows]
     return {
         "manifest": str(engine.manifest_file(folder, draft["manifest"])),
-        "base": str(engine.store.path(planned.base.shared)),
+        "base": str(store.path(planned.base.shared)),
         "stack": planned.stack,
         "whole_stack": planned.whole_stack,
         "covered": draft["covered"],
@@ -100,121 +96,62 @@ def _job(
         "sources": [
             {
                 "site": c.site,
-                "payload": str(engine.store.path(c.index)),
+                "payload": str(store.path(c.index)),
                 "header": str(engine.header_file(folder, c)),
             }
             for c in rows
         ],
+        "out": str(store.scratch(f"{planned.name}-model")),
+        "state": {
+            "manifest": str(folder / "state.manifest"),
+            "out": str(store.scratch(f"{planned.name}-state")),
+            "before": str(store.path(before)) if before else "",
+            "before_manifest": store.index(before).manifest if before else "",
+        },
+        "cohort": {
+            "groups": draft["groups"],
+            "sites": [h.site for h in headers],
+            "examples": [float(h.examples) for h in headers],
+            "losses": [h.metrics.get("train_loss") for h in headers],
+            "staleness": [0 if h.base == planned.base.shared else 1 for h in headers],
+            "payloads": _kept_per_site(payloads),
+        },
+        "pool": {
+            "sites": [
+                {"site": h.site, "examples": h.examples, "payloads": p}
+                for h, p in zip(headers, payloads, strict=True)
+                if any(payloads)
+            ],
+            "out": str(folder / "pooled"),
+        },
     }
 
 
-def _weights(
-    engine: Engine,
-    planned: Planned,
-    rows: tuple[ContributionRow, ...],
-    job: dict[str, Any],
-    spans: list[tuple[int, int]],
-    payloads: dict[str, dict[str, Any]],
-    folder: Path,
-) -> dict[str, list[float]]:
-    checked = engine.ask("check_stack", {"stack": planned.stack})
-    headers = [Header.decode(c.header) for c in rows]
-    for header in headers:
-        engine.board.note(
-            header.site,
-            examples=header.examples,
-            loss=header.metrics.get("train_loss"),
-        )
-    args: dict[str, Any] = {
-        "stack": planned.stack,
-        "groups": job["groups"],
-        "sites": [h.site for h in headers],
-        "examples": [float(h.examples) for h in headers],
-        "losses": [h.metrics.get("train_loss") for h in headers],
-        "staleness": [0 if h.base == planned.base.shared else 1 for h in headers],
-        "payloads": _kept_per_site(rows, payloads),
-    }
-    if {"norms", "gram"} & set(checked["needs"]):
-        path = write_json(folder / "measure.json", job)
-        items = [{"job": path, "first": a, "end": b} for a, b in spans]
-        args["gram"] = _gram(engine.compute.map("measure_run", items, COMPUTE_S), len(rows))
-    weights: list[list[float]] = engine.ask("weigh", args)["weights"]
-    return {h.site: w for h, w in zip(headers, weights, strict=True)}
-
-
-def _gram(results: list[dict[str, Any]], n: int) -> list[list[float]]:
-    """The Gram matrix, added in tile order."""
-    out = [[0.0] * n for _ in range(n)]
-    tiles = sorted((t for r in results for t in r["tiles"]), key=lambda t: t["tile"])
-    for tile in tiles:
-        for i, line in enumerate(tile["gram"]):
-            for j, value in enumerate(line):
-                out[i][j] += value
-    return out
-
-
-def _kept_per_site(
-    rows: tuple[ContributionRow, ...], payloads: dict[str, dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    names = {
-        n for specs in payloads.values() for n, s in specs.items() if s["merge"] == "keep per site"
-    }
+def _kept_per_site(payloads: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Unmerged side payloads that every site sent."""
+    names = {n for own in payloads for n, s in own.items() if s["merge"] == "keep per site"}
     return {
-        name: [payloads[c.site][name] for c in rows]
+        name: [own[name] for own in payloads]
         for name in sorted(names)
-        if all(name in payloads[c.site] for c in rows)
+        if all(name in own for own in payloads)
     }
 
 
-def _state_files(
-    engine: Engine, planned: Planned, job: dict[str, Any], folder: Path
-) -> Path | None:
-    text = engine.ask(
-        "state_manifest", {"stack": planned.whole_stack, "manifest": job["manifest"]}
-    )["manifest"]
-    if not text:
-        return None
-    manifest = Manifest.decode(text.encode())
-    path = folder / "state.manifest"
-    path.write_bytes(manifest.encoded)
-    job["state_manifest"] = str(path)
-    before = planned.before.outer_state
-    if before and engine.store.index(before).manifest == manifest.digest:
-        job["state_in"] = str(engine.store.path(before))
-    out = engine.store.scratch(f"{planned.name}-state")
-    with out.open("wb") as file:
-        os.truncate(file.fileno(), manifest.nbytes)
-    job["state_out"] = str(out)
-    return out
+def _adopt(engine: Engine, path: Path, manifest: Manifest, known: Iterable[tuple[int, str]]) -> str:
+    """Store an artefact that runs of tiles wrote; gives its digest.
+
+    Its chunks were hashed while they were written, but for those that two runs share.
+    """
+    chunks = dict(known)
+    with path.open("rb", buffering=0) as file:
+        for number, start in enumerate(range(0, manifest.nbytes, CHUNK_BYTES)):
+            if number not in chunks:
+                chunks[number] = digest(os.pread(file.fileno(), CHUNK_BYTES, start))
+    names = tuple(chunks[number] for number in range(len(chunks)))
+    return engine.store.adopt(Index(manifest.digest, manifest.nbytes, names), path)
 
 
-def _relative_change(results: list[dict[str, Any]]) -> float:
-    tiles = sorted((t for r in results for t in r["tiles"]), key=lambda t: t["tile"])
-    delta = base = 0.0
-    for tile in tiles:
-        delta += tile["delta_sq"]
-        base += tile["base_sq"]
-    return math.sqrt(delta) / math.sqrt(base) if base > 0 else math.inf
-
-
-def _merged(
-    engine: Engine,
-    rows: tuple[ContributionRow, ...],
-    payloads: dict[str, dict[str, Any]],
-    folder: Path,
-) -> dict[str, Any]:
-    if not any(payloads.values()):
-        return {}
-    sites = [
-        {
-            "site": c.site,
-            "examples": Header.decode(c.header).examples,
-            "payloads": payloads[c.site],
-        }
-        for c in rows
-    ]
-    path = folder / "pooled"
-    pooled = engine.ask("pool", {"sites": sites, "out": str(path)})["payloads"]
+def _merged(engine: Engine, pooled: dict[str, Any], path: Path) -> dict[str, Any]:
     if not pooled:
         return {}
     name = engine.store.put_bytes(path.read_bytes())

@@ -18,7 +18,7 @@ def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidat
     One that fails is skipped, with its reason in the ledger: the round's work is not thrown away.
     With ``on_error = "hold"`` the round is to be held instead.
     """
-    hooks = engine.ask("check_stack", {"stack": planned.stack})["hooks"]
+    hooks = engine.stack_facts(planned.stack)["hooks"]
     for name in (c["name"] for c in planned.stack):
         if "refine" not in hooks[name]:
             continue

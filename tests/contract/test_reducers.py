@@ -5,7 +5,6 @@ The oracles here hold whole vectors, know no tiles, and add one site after the o
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.compute.errors import FunctionFailed
 from orchestrator.ledger import ContributionRow
 from orchestrator.rounds import reduce as reduce_module
 from orchestrator.rounds.engine import Candidate
-from orchestrator.rounds.reduce import reduce, runs
+from orchestrator.rounds.passes import added_gram, relative_change
+from orchestrator.rounds.reduce import job_of, reduce, runs
+from protos.errors import ContributionRefused
 from protos.manifest import TILE_ELEMENTS, Manifest
 from protos.plan import StrategyChoice
 from protos.tensors import DTYPES
@@ -203,9 +203,10 @@ def test_runs_of_tiles_and_workers_do_not_matter(
     model = bench.put_model(MANIFEST, base)
     rows = send(bench, MANIFEST, updates, model)
     found = set()
-    for workers, each in ((1, 1), (1, 2), (2, 4), (16, 4)):
+    for workers, each, run_bytes in ((1, 1, 2**40), (1, 1, 1), (1, 2, 1), (2, 4, 1), (16, 4, 1)):
         bench.engine.workers = workers
         monkeypatch.setattr(reduce_module, "RUNS_PER_WORKER", each)
+        monkeypatch.setattr(reduce_module, "RUN_BYTES", run_bytes)
         candidate = reduced(bench, model, rows, [choice(name) for name in stack])
         found.add(
             (candidate.model.shared, candidate.outer_state, candidate.relative_change,
@@ -298,8 +299,8 @@ def test_sums_of_tiles_are_added_in_their_order(order: tuple[int, ...]) -> None:
         {"tiles": [{"tile": k, "gram": [[sums[k]]], "delta_sq": sums[k], "base_sq": 1.0}]}
         for k in order
     ]
-    assert reduce_module._gram(results, 1) == [[1.0]]
-    assert reduce_module._relative_change(results) == 1 / math.sqrt(3)
+    assert added_gram(results, 1) == [[1.0]]
+    assert relative_change(results) == 1 / math.sqrt(3)
 
 
 def test_a_base_of_zeros_has_no_relative_change(bench: Workbench) -> None:
@@ -535,7 +536,7 @@ def test_a_foreign_codec_is_refused(bench: Workbench) -> None:
     row = bench.contribution(
         "north", manifest, {}, codec="test_half_precision", blocks={"w": half(torch.ones(2))}
     )
-    with pytest.raises(FunctionFailed, match=r"site north: encoded with test_half_precision"):
+    with pytest.raises(ContributionRefused, match=r"site north: encoded with test_half_precision"):
         reduced(bench, model, [row])
 
 
@@ -646,18 +647,13 @@ def test_memory_is_that_of_a_tile_whatever_the_model(
     model = bench.put_model(manifest, {"w": zero})
     rows = [bench.contribution(s, manifest, {"w": zero}, examples=1) for s in SITES]
     planned = bench.planned(model, [choice(name) for name in stack])
-    job = reduce_module._job(bench.engine, planned, bench.closed(rows).contributions, tmp_path)
-    for source in job["sources"]:
-        source["weights"] = [1 / 3]
-    state = reduce_module._state_files(bench.engine, planned, job, tmp_path)
-    assert (state is not None) == (stack == ["fedavgm"])
-    out = tmp_path / "out"
-    with out.open("wb") as file:
-        os.truncate(file.fileno(), manifest.nbytes)
-    job["out"] = str(out)
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(job))
-    args = [json.dumps({"job": str(path), "first": 0, "end": n}) for n in (2, len(manifest.tiles))]
+    job = job_of(bench.engine, planned, bench.closed(rows).contributions, tmp_path)
+    made = bench.engine.ask("prepare", {"job": job})
+    assert bool(made["state_manifest"]) == (stack == ["fedavgm"])
+    args = [
+        json.dumps({"job": job, "weights": [[1 / 3]] * 3, "first": 0, "end": n})
+        for n in (2, len(manifest.tiles))
+    ]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *args], capture_output=True, text=True, check=True
     )

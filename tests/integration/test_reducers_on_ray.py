@@ -64,6 +64,8 @@ def test_ray_gives_the_same_digests(
 ) -> None:
     expected = two_rounds(bench)
     bench.engine.compute = compute
+    assert two_rounds(bench) == expected  # all passes in one call
+    monkeypatch.setattr(reduce_module, "RUN_BYTES", 1)
     for tasks in (1, 2, 5):
         # One task is one worker; more are given to both of them.
         monkeypatch.setattr(reduce_module, "RUNS_PER_WORKER", tasks)

@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      which interpreter .venv is made from (3.11 or later)
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
 #   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
+#   PEERS_ARGS="--sizes 10,100 --readme"   what `make bench-peers` does
 #
 # Where packages come from is pip's own business: its environment variables and configuration
 # files (PIP_INDEX_URL, PIP_FIND_LINKS, …) are honoured and never overridden.
@@ -16,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY_TO_RUN := $(VENV)/.ready-to-run
 READY_TO_DEVELOP := $(VENV)/.ready-to-develop
+PEERS := build/peers
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -26,8 +28,9 @@ DEMO_ARGS ?=
 ROWS ?=
 SEEDS ?=
 BENCH_ARGS ?=
+PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos evidence-seeds bench bench-exchange env clean
+.PHONY: help demo test test-all check format protos evidence-seeds bench bench-exchange bench-peers env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -66,6 +69,9 @@ bench: bench-exchange ## every benchmark of `farflung bench`
 
 bench-exchange: $(READY_TO_RUN) ## seconds, bytes and memory of one round's exchange
 	$(BIN)/farflung bench exchange $(BENCH_ARGS)
+
+bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the same beside Flower and NVIDIA FLARE (half an hour)
+	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
 env: $(READY_TO_DEVELOP) ## only make .venv
 
@@ -111,3 +117,10 @@ $(READY_TO_DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Farflung and its development tools into $(VENV) (some minutes, the first time)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[orchestrator,examples,dev]'
 	@touch $(READY_TO_RUN) $@
+
+# An environment of its own for each peer: their requirements and ours exclude each other.
+$(PEERS)/%/.ready: benchmarks/peers/%.txt | $(BIN)/python
+	@echo "Installing the peer into $(@D) (some minutes, the first time)"
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@

@@ -1,0 +1,1 @@
+"""The round trip as a Flower app."""

@@ -6,7 +6,7 @@ orchestrator works on (`Step`, `Update`, `Refinement`) is changed in place by wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from protos.contribution import Merge
-from protos.digest import canonical, digest
+from protos.digest import Bytes, canonical, digest
 from protos.manifest import Tile
 from protos.plan import OptimizerChoice, Plan, Schedule, Work
 from strategies.task import Task
@@ -153,7 +153,8 @@ class Update:
 
     Attributes:
         tensors: By name: for parameters **base - local** in fp32 or wider; for statistics and
-            counters the local value. CPU tensors.
+            counters the local value. CPU tensors. Each is computed when it is first asked for and
+            stays until it is popped.
         examples: Training examples at the site.
         steps: Optimizer steps made.
         epochs: Passes over the data made.
@@ -165,15 +166,23 @@ class Update:
         generator: Seeded by (run seed, site, round); on the CPU.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: MutableMapping[str, Tensor]
     examples: int
     steps: int
     epochs: float
     payloads: dict[str, SidePayload] = field(default_factory=dict)
-    blocks: dict[str, list[bytes]] | None = None
+    blocks: dict[str, list[Bytes]] | None = None
     model: nn.Module | None = None
     task: Task | None = None
     generator: Generator | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors that are parameters of the model, in order."""
+        if self.model is None:
+            raise LookupError("this update has no model")
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return tuple(n for n in self.tensors if n in own and own[n].is_floating_point())
 
 
 @dataclass(frozen=True)

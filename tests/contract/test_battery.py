@@ -41,6 +41,7 @@ BRISK: dict[str, dict[str, Any]] = {
     "fedavgm": {"momentum": 0.5},
     "self_distillation": {"start": 1, "ramp": 1},
     "temperature": {"points": 16},
+    "top_k": {"fraction": 0.3},
     "trimmed_mean": {"trim": 0.4},
 }
 
@@ -284,7 +285,7 @@ def test_switched_off_among_others(name: str) -> None:
 
 def fitting_pairs() -> Iterator[tuple[str, str]]:
     for a, b in combinations(sorted(EVERY), 2):
-        exclusive = ("reduce", "local_step", "calibrate")
+        exclusive = ("reduce", "local_step", "calibrate", "decode")
         if any(EVERY[a].overrides(h) and EVERY[b].overrides(h) for h in exclusive):
             continue
         if a in OURS or b in OURS:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,18 @@ def _answer(engine: RayEngine, lines: Lines, request: dict[str, Any]) -> None:
             lines.send({"id": request["id"], "ok": False, "error": errors.to_json(failure)})
 
 
+class Keeper:
+    """The worker that stays, for single calls."""
+
+    def preload(self, modules: tuple[str, ...]) -> None:
+        """See ``import_modules``."""
+        import_modules(modules)
+
+    def run(self, spec: str, text: str) -> str:
+        """See ``run_function``."""
+        return run_function(spec, text)
+
+
 class RayEngine:
     """Runs functions as Ray tasks."""
 
@@ -93,14 +106,13 @@ class RayEngine:
         )
         self._run = ray.remote(run_function)
         self._isolate = ray.remote(run_isolated)
+        self._keeper = self._new_keeper()
+        self._keeper_free = threading.Lock()
         # A worker listens as well, so one must be up before we look.
-        first = self._isolate_noop()
+        first = [ray.remote(import_modules).remote(()), self._keeper.preload.remote(())]
         ray.get(first, timeout=_START_S)
         self._listeners = self._check_listeners()
         self._start_s = time.monotonic() - started
-
-    def _isolate_noop(self) -> Any:
-        return self._ray.remote(import_modules).remote(())
 
     def _check_listeners(self) -> list[str]:
         if self._level is Level.NONE:
@@ -128,15 +140,32 @@ class RayEngine:
             "num_cpus": self._config.num_cpus,
         }
 
+    def _new_keeper(self) -> Any:
+        # It needs no CPU of Ray's, or on a machine with one all tasks would wait for it for ever.
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 1}
+        return self._ray.remote(Keeper).options(**options).remote()
+
     def preload(self) -> None:
-        """Has every worker import what the first requests need; nobody waits for it."""
+        """Has the worker that stays import what requests need; nobody waits for it."""
         if self._config.preload:
-            task = self._ray.remote(import_modules)
-            for _ in range(self._config.num_cpus):
-                task.remote(self._config.preload)
+            self._keeper.preload.remote(self._config.preload)
 
     def map(self, spec: str, texts: list[str], timeout_s: float) -> list[str]:
-        """One task of one CPU per text; a task whose worker died is run once more."""
+        """One task of one CPU per text; a task whose worker died is run once more.
+
+        A single one is given to the worker that stays, if that is free: half the way of a task.
+        """
+        if len(texts) == 1 and self._keeper_free.acquire(blocking=False):
+            try:
+                return self._get([self._keeper.run.remote(spec, texts[0])], timeout_s)
+            except errors.ComputeTimedOut:
+                # Restarted, it would begin with the same call again.
+                self._ray.kill(self._keeper, no_restart=True)
+                self._keeper = self._new_keeper()
+                self.preload()
+                raise
+            finally:
+                self._keeper_free.release()
         remote = self._run.options(num_cpus=1, max_retries=1)
         return self._get([remote.remote(spec, text) for text in texts], timeout_s)
 

@@ -30,6 +30,11 @@ def slow(args: Json) -> Json:
     return {}
 
 
+def opens(args: Json) -> Json:
+    with Path(args["path"]).open(args["mode"]):
+        return {}
+
+
 def raises(args: Json) -> Json:
     raise ValueError(f"item {args.get('x')} is no good")
 
@@ -124,7 +129,7 @@ def escapes(args: Json) -> Json:
 FUNCTIONS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
-        *(square, norm, slow, raises, spins, eats, eats_shared, connects, reads, lists),
+        *(square, norm, slow, opens, raises, spins, eats, eats_shared, connects, reads, lists),
         *(dies, leaves, orphans, prints, where_am_i, escapes),
     )
 }

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -103,6 +104,34 @@ def test_a_request_that_takes_too_long_is_cancelled(compute: ComputeClient) -> N
         compute.map("slow", [{"seconds": 60.0}] * 4, 0.5)
     # Were they not cancelled, both CPUs would be taken for two minutes.
     assert compute.map("square", [{"x": 3}], 30.0)[0]["square"] == 9
+
+
+def test_single_calls_meet_the_same_worker_until_it_is_lost(compute: ComputeClient) -> None:
+    def at_work() -> int:
+        return int(compute.map("where_am_i", [{}], START_S)[0]["pid"])
+
+    first = at_work()
+    assert at_work() == first
+    with pytest.raises(errors.ComputeDied):  # twice: a worker that is lost is tried once more
+        compute.map("leaves", [{}], START_S)
+    second = at_work()
+    assert second != first
+    with pytest.raises(errors.ComputeTimedOut):
+        compute.map("slow", [{"seconds": 600.0}], 0.5)
+    assert at_work() != second
+
+
+def test_single_calls_at_the_same_time_do_not_wait_for_each_other(
+    compute: ComputeClient, tmp_path: Path
+) -> None:
+    compute.wait_ready(START_S)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(2) as pool:
+        # Each end of a pipe is open only once the other is.
+        items = [{"path": str(pipe), "mode": mode} for mode in ("rb", "wb")]
+        calls = [pool.submit(compute.map, "opens", [item], START_S) for item in items]
+        assert [call.result() for call in calls] == [[{}], [{}]]
 
 
 def test_nothing_of_ray_listens_on_the_host(confined: ComputeClient) -> None:

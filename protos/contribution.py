@@ -27,6 +27,10 @@ MAX_EXAMPLES = 1 << 40
 MAX_METRICS = 256
 MAX_PAYLOADS = 1024
 
+MAX_BLOCK_HEAD = 256
+"""An encoded block has at most twice the bytes of its raw tile and so many more: what a site may
+make the orchestrator spool and decode follows from the manifest."""
+
 Merge = Literal["sum", "mean by count", "concatenate", "keep per site"]
 
 
@@ -133,9 +137,14 @@ class Header(Frozen):
                 f"site {self.site}: {len(sizes)} blocks for {len(manifest.tiles)} tiles"
             )
         spans, at = [], 0
-        for size in sizes:
-            if size < 0 or size > MAX_BYTES:
-                raise ManifestInvalid(f"site {self.site}: a block of {size} bytes")
+        for tile, size in zip(manifest.tiles, sizes, strict=True):
+            if not 0 <= size <= 2 * tile.wire_nbytes + MAX_BLOCK_HEAD:
+                raise ManifestInvalid(
+                    f"site {self.site}, tensor {tile.spec.name}: a block of {size} bytes for "
+                    f"{tile.elements} elements",
+                    site=self.site,
+                    tensor=tile.spec.name,
+                )
             spans.append((at, at + size))
             at += size
         return spans

@@ -151,7 +151,12 @@ class Strategy(BaseModel):
     def encode(
         self, update: Update, plan: Plan, state: dict[str, Tensor]
     ) -> tuple[Update, dict[str, Tensor]]:
-        """The wire: compression, clipping, masks, side payloads."""
+        """The wire: compression, clipping, masks, side payloads.
+
+        A wire codec sets ``update.blocks`` and may take what it encoded out of ``update.tensors``;
+        a strategy that wants to see the tensors stands before it. Tensors of the state may be
+        changed in place: what is given back replaces them, and after an error nothing is kept.
+        """
         return update, state
 
     # -- orchestrator, reduction ---------------------------------------------------------------

@@ -60,7 +60,12 @@ class Source:
             )
         block = bytearray(stop - start)
         self.reader.read_into(memoryview(block), start, stop)
-        values = stack.decode(bytes(block), tile)
+        try:
+            values = stack.decode(bytes(block), tile)
+        except ContributionRefused as error:  # a codec does not know whose block it is
+            raise ContributionRefused(
+                f"site {self.site}, {error.message}", **{**error.facts, "site": self.site}
+            ) from None
         if values.shape != (tile.elements,):
             shape = list(values.shape)
             self._refuse(tile, f"a block decodes to {shape} where {tile.elements} elements belong")

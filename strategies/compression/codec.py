@@ -71,7 +71,10 @@ class Codec(Strategy):
     def encode(
         self, update: Update, plan: Plan, state: dict[str, Tensor]
     ) -> tuple[Update, dict[str, Tensor]]:
-        """Pack all parameters. Residuals that are there are changed in place.
+        """Pack all parameters and take them out of ``update.tensors``, one after the other.
+
+        What is held at once is the residuals, the blocks and one parameter. Residuals that are
+        there are changed in place.
 
         Raises:
             ManifestInvalid: A parameter has another size than its residual; names site and tensor.
@@ -79,7 +82,7 @@ class Codec(Strategy):
         update.blocks, residuals = {}, dict(state)
         work = torch.empty(3, TILE_ELEMENTS)
         for name in update.parameters:
-            flat = update.tensors[name].detach().reshape(-1)
+            flat = update.tensors.pop(name).detach().reshape(-1)
             starts = range(0, len(flat), TILE_ELEMENTS)
             tiles = [flat[start : start + TILE_ELEMENTS] for start in starts]
             if len(flat) < self.min_elements:

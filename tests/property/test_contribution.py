@@ -338,7 +338,9 @@ def test_encoded_blocks_lie_as_the_table_says(
     assert header.expected_nbytes(manifest) == sum(sizes) + side
 
 
-@pytest.mark.parametrize("blocks", [(), (5,), (5, 5, 5), (-1, 5), (MAX_BYTES + 1, 5)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [(), (5,), (5, 5, 5), (-1, 5), (MAX_BYTES + 1, 5), (5, 2 * 12 + 257)], ids=str
+)
 def test_a_block_table_that_does_not_fit_is_refused(blocks: tuple[int, ...]) -> None:
     manifest = Manifest((TensorSpec("a", (3,), "float32"), TensorSpec("b", (3,), "float32")))
     header = HEADER.model_copy(update={"codec": "half", "blocks": blocks})

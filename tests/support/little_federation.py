@@ -250,13 +250,13 @@ class LittleFederation:
         tiles: dict[str, list[Tile]] = {}
         for tile in self.shared.tiles:
             tiles.setdefault(tile.spec.name, []).append(tile)
-        for name, tensor in update.tensors.items():
-            if name in update.blocks:
-                pairs = zip(update.blocks[name], tiles[name], strict=True)
-                parts = [stack.decode(block, tile) for block, tile in pairs]
-                out[name] = torch.cat(parts).reshape(tensor.shape)
+        for spec in self.shared:
+            if spec.name in update.blocks:
+                pairs = zip(update.blocks[spec.name], tiles[spec.name], strict=True)
+                parts = [stack.decode(bytes(block), tile) for block, tile in pairs]
+                out[spec.name] = torch.cat(parts).reshape(spec.shape)
             else:
-                out[name] = tensor
+                out[spec.name] = update.tensors[spec.name]
         return out
 
     def reduce(self, stack: Stack, number: int, updates: dict[str, Update]) -> None:

@@ -17,30 +17,34 @@ from protos.errors import DataCorrupt
 
 ENTRIES = tables.entries
 
+_NEWEST = (
+    sa.select(ENTRIES.c.number, ENTRIES.c.digest)
+    .where(ENTRIES.c.run == sa.bindparam("the_run"))
+    .order_by(ENTRIES.c.number.desc())
+    .limit(1)
+    .with_for_update()
+)
+_APPEND = sa.insert(ENTRIES)
+
 
 def append(
     db: sa.Connection, run: str, kind: EntryKind, time: float, document: dict[str, Any]
 ) -> None:
     """Add an entry, in the transaction of what it tells."""
-    last = db.execute(
-        sa.select(ENTRIES.c.number, ENTRIES.c.digest)
-        .where(ENTRIES.c.run == run)
-        .order_by(ENTRIES.c.number.desc())
-        .limit(1)
-        .with_for_update()
-    ).first()
+    last = db.execute(_NEWEST, {"the_run": run}).first()
     number, previous = (last.number + 1, last.digest) if last else (1, "")
     text = canonical(document).decode()
     db.execute(
-        sa.insert(ENTRIES).values(
-            run=run,
-            number=number,
-            kind=kind,
-            time=time,
-            document=text,
-            previous=previous,
-            digest=_digest(run, number, kind, time, text, previous),
-        )
+        _APPEND,
+        {
+            "run": run,
+            "number": number,
+            "kind": kind,
+            "time": time,
+            "document": text,
+            "previous": previous,
+            "digest": _digest(run, number, kind, time, text, previous),
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +24,9 @@ from orchestrator.ledger.runs import find
 from protos.errors import NotFound
 
 CONTRIBUTIONS, PLANS, ROUNDS = tables.contributions, tables.plans, tables.rounds
+
+_FIND = sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == sa.bindparam("the_digest"))
+_INSERT = sa.insert(CONTRIBUTIONS)
 
 
 class Contributions(Plans):
@@ -71,6 +74,8 @@ class Contributions(Plans):
 
         Gives the contributions that count now and did not before, by site.
         """
+        if attempt == 1:
+            return []  # there is none before it
         now = self._clock()
         carried = []
         with self._writing() as db:
@@ -110,6 +115,23 @@ class Contributions(Plans):
             raise NotFound(f"contribution {digest[:12]}: not in the ledger", digest=digest[:64])
         return found
 
+    def all_last_counted(
+        self, run: str, sites: Sequence[str], before: int | None = None
+    ) -> dict[str, str]:
+        """`last_counted` of many sites at once: in a long run one look at its newest round."""
+        query = (
+            sa.select(PLANS.c.site, PLANS.c.contribution, ROUNDS.c.closed_set)
+            .join(ROUNDS, _of_one_attempt())
+            .where(PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
+            .where(ROUNDS.c.run == run, ROUNDS.c.round == _newest_round(run, before))
+            .where(ROUNDS.c.state == "committed")
+        )
+        with self._reading() as db:
+            rows = db.execute(query).all()
+        inside = set(json.loads(rows[0].closed_set)) if rows else set()
+        found = {row.site: row.contribution for row in rows if row.contribution in inside}
+        return {s: found.get(s) or self.last_counted(run, s, before) for s in sites}
+
     def last_counted(self, run: str, site: str, before: int | None = None) -> str:
         """Digest of the newest ``train`` contribution of a site in a run's history.
 
@@ -134,7 +156,7 @@ class Contributions(Plans):
 
 
 def _find(db: sa.Connection, digest: str) -> ContributionRow | None:
-    row = db.execute(sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == digest)).first()
+    row = db.execute(_FIND, {"the_digest": digest}).first()
     return None if row is None else ContributionRow(*row)
 
 
@@ -187,20 +209,30 @@ def _finished(db: sa.Connection, plan: PlanRow) -> ContributionRow | None:
 
 
 def _insert(db: sa.Connection, plan: PlanRow, row: ContributionRow, verdict: str) -> None:
-    values: dict[str, Any] = asdict(row)
+    values: dict[str, Any] = {name: getattr(row, name) for name in ContributionRow.__slots__}
     for key in ("run", "round", "attempt", "kind"):  # the plan's, whatever the row says
         values[key] = getattr(plan, key)
     values["verdict"] = verdict
     if verdict == "late":
         values["header"] = values["signature"] = b""
-    db.execute(sa.insert(CONTRIBUTIONS).values(values))
+    db.execute(_INSERT, values)
+
+
+def _of_one_attempt() -> sa.ColumnElement[bool]:
+    return sa.and_(*(ROUNDS.c[key] == PLANS.c[key] for key in ("run", "round", "attempt")))
+
+
+def _newest_round(run: str, before: int | None) -> sa.ScalarSelect[Any]:
+    query = sa.select(sa.func.max(ROUNDS.c.round)).where(
+        ROUNDS.c.run == run, ROUNDS.c.state == "committed"
+    )
+    return (query if before is None else query.where(ROUNDS.c.round < before)).scalar_subquery()
 
 
 def _newest(db: sa.Connection, run: str, site: str, before: int | None) -> str:
-    same = sa.and_(*(ROUNDS.c[key] == PLANS.c[key] for key in ("run", "round", "attempt")))
     query = (
         sa.select(PLANS.c.contribution, ROUNDS.c.closed_set)
-        .join(ROUNDS, same)
+        .join(ROUNDS, _of_one_attempt())
         .where(ROUNDS.c.run == run, ROUNDS.c.state == "committed")
         .where(PLANS.c.site == site, PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
         .order_by(ROUNDS.c.round.desc())

@@ -31,6 +31,7 @@ class Database:
 
     def __init__(self, engine: sa.Engine, name: str, clock: Callable[[], float]) -> None:
         self._engine, self._name, self._clock = engine, name, clock
+        self._reader = engine.execution_options(reading=True)
         self._writer = threading.RLock()
 
     @classmethod
@@ -92,8 +93,7 @@ class Database:
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         """One transaction that sees one state of the ledger, and waits for no writer."""
-        engine = self._engine.execution_options(reading=True)
-        with self._translated(), engine.begin() as db:
+        with self._translated(), self._reader.begin() as db:
             yield db
 
     @contextmanager

@@ -8,11 +8,25 @@ import sqlalchemy as sa
 
 from orchestrator.ledger import chain, tables
 from orchestrator.ledger.database import Database
-from orchestrator.ledger.plans import lock_exchange, of_attempt, plan_digests, put_plan
+from orchestrator.ledger.plans import (
+    lock_exchange,
+    of_attempt,
+    plan_digests,
+    put_new_plans,
+    put_plan,
+)
 from orchestrator.ledger.rows import PlanKind, PlanRow
 from protos.errors import Conflict, InvalidInput
 
 EXCHANGES, ROUNDS = tables.exchanges, tables.rounds
+
+_END_ALL = (
+    sa.update(EXCHANGES)
+    .where(*(EXCHANGES.c[n] == sa.bindparam(f"the_{n}") for n in ("run", "round", "attempt")))
+    .where(EXCHANGES.c.closed.is_(None))
+    .values(closed=sa.bindparam("now"))
+)
+_END = _END_ALL.where(EXCHANGES.c.kind == sa.bindparam("the_kind"))
 
 
 class Exchanges(Database):
@@ -87,6 +101,8 @@ def begin(
                     run=run, round=round, attempt=attempt, kind=kind, opened=now
                 )
             )
+            put_new_plans(db, plans)
+            return
     for plan in plans:
         put_plan(db, plan, replace=True)
 
@@ -100,10 +116,11 @@ def end(
     kind: PlanKind | None = None,
 ) -> None:
     """Close one exchange of an attempt, or all that are open."""
-    which = of_attempt(EXCHANGES, run, round, attempt) & EXCHANGES.c.closed.is_(None)
-    if kind is not None:
-        which &= EXCHANGES.c.kind == kind
-    db.execute(sa.update(EXCHANGES).where(which).values(closed=now))
+    key = {"the_run": run, "the_round": round, "the_attempt": attempt, "now": now}
+    if kind is None:
+        db.execute(_END_ALL, key)
+    else:
+        db.execute(_END, {**key, "the_kind": kind})
 
 
 def _belong(plans: Sequence[PlanRow], run: str, round: int, attempt: int, kind: PlanKind) -> None:

@@ -15,6 +15,29 @@ from protos.errors import Conflict, InvalidInput, NotFound
 
 PLANS, EXCHANGES, ROUNDS = tables.plans, tables.exchanges, tables.rounds
 
+# Statements that run for every contribution are built once: to build one costs more than to run it.
+PARTS = ("run", "round", "attempt", "kind")
+
+
+def _same(table: sa.Table, *names: str) -> sa.ColumnElement[bool]:
+    return sa.and_(*(table.c[name] == sa.bindparam(f"the_{name}") for name in names))
+
+
+_FIND = sa.select(PLANS).where(_same(PLANS, *PARTS, "site"))
+_LOCK = _FIND.with_for_update()
+_ANSWER = (
+    sa.update(PLANS)
+    .where(_same(PLANS, *PARTS, "site"))
+    .values(
+        {n: sa.bindparam(n) for n in ("answer", "error", "message", "answered", "contribution")}
+    )
+)
+_LOCK_EXCHANGE = (
+    sa.select(EXCHANGES.c.opened)
+    .where(_same(EXCHANGES, *PARTS), EXCHANGES.c.closed.is_(None))
+    .with_for_update()
+)
+
 
 class Plans(Database):
     """The part of the ledger that knows what was asked of whom."""
@@ -33,7 +56,7 @@ class Plans(Database):
     def open_plans(self, site: str) -> list[PlanRow]:
         """What a site still has to do: plans of open exchanges without an answer, oldest first."""
         with self._reading() as db:
-            return select_plans(db, is_open(), PLANS.c.site == site, PLANS.c.answer == "")
+            return [_plan(row) for row in db.execute(_OPEN, {"the_site": site})]
 
     def add_plans(self, plans: Sequence[PlanRow]) -> None:
         """Add plans to an exchange that is open (a site that joins late).
@@ -88,14 +111,20 @@ def is_open() -> sa.ColumnElement[bool]:
     return sa.exists().where(same, EXCHANGES.c.closed.is_(None))
 
 
-def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[PlanRow]:
-    """Plans, oldest first."""
+def _in_order(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     when = sa.select(ROUNDS.c.started).where(
         of_attempt(ROUNDS, PLANS.c.run, PLANS.c.round, PLANS.c.attempt)  # type: ignore[arg-type]
     )
     order = (when.scalar_subquery(), PLANS.c.round, PLANS.c.attempt, PLANS.c.kind)
-    rows = db.execute(sa.select(PLANS).where(*where).order_by(*order))
-    return [_plan(row) for row in rows]
+    return sa.select(PLANS).where(*where).order_by(*order)
+
+
+_OPEN = _in_order(is_open(), _same(PLANS, "site"), PLANS.c.answer == "")
+
+
+def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[PlanRow]:
+    """Plans, oldest first."""
+    return [_plan(row) for row in db.execute(_in_order(*where))]
 
 
 def find_plan(db: sa.Connection, plan_id: str, site: str, lock: bool = False) -> PlanRow | None:
@@ -105,12 +134,14 @@ def find_plan(db: sa.Connection, plan_id: str, site: str, lock: bool = False) ->
         return None
     if max(len(parts[1]), len(parts[2])) > 9:
         return None
-    query = sa.select(PLANS).where(
-        of_attempt(PLANS, parts[0], int(parts[1]), int(parts[2])),
-        PLANS.c.kind == parts[3],
-        PLANS.c.site == site,
-    )
-    row = db.execute(query.with_for_update() if lock else query).first()
+    key = {
+        "the_run": parts[0],
+        "the_round": int(parts[1]),
+        "the_attempt": int(parts[2]),
+        "the_kind": parts[3],
+        "the_site": site,
+    }
+    row = db.execute(_LOCK if lock else _FIND, key).first()
     return None if row is None else _plan(row)
 
 
@@ -126,7 +157,26 @@ def put_plan(db: sa.Connection, plan: PlanRow, replace: bool) -> None:
         Conflict: The site has another plan there, and it shall not be replaced.
     """
     old = find_plan(db, plan.id, plan.site, lock=True)
-    fresh = {
+    fresh = _unanswered(plan)
+    if old is None:
+        put_new_plans(db, [plan])
+    elif old.work_digest == plan.work_digest:
+        return
+    elif replace:
+        db.execute(sa.update(PLANS).where(is_plan(old)).values(fresh))
+    else:
+        raise Conflict(f"plan {plan.id}: site {plan.site} was asked for other work under that id")
+
+
+def put_new_plans(db: sa.Connection, plans: Sequence[PlanRow]) -> None:
+    """Write plans of an exchange that has none of these sites yet."""
+    if plans:
+        rows = [{n: getattr(p, n) for n in (*PARTS, "site")} | _unanswered(p) for p in plans]
+        db.execute(sa.insert(PLANS), rows)
+
+
+def _unanswered(plan: PlanRow) -> dict[str, Any]:
+    return {
         "plan": plan.plan,
         "work_digest": plan.work_digest,
         "answer": "",
@@ -135,15 +185,6 @@ def put_plan(db: sa.Connection, plan: PlanRow, replace: bool) -> None:
         "answered": None,
         "contribution": None,
     }
-    if old is None:
-        key = {name: getattr(plan, name) for name in ("run", "round", "attempt", "kind", "site")}
-        db.execute(sa.insert(PLANS).values({**key, **fresh}))
-    elif old.work_digest == plan.work_digest:
-        return
-    elif replace:
-        db.execute(sa.update(PLANS).where(is_plan(old)).values(fresh))
-    else:
-        raise Conflict(f"plan {plan.id}: site {plan.site} was asked for other work under that id")
 
 
 def set_answer(
@@ -158,26 +199,22 @@ def set_answer(
 ) -> None:
     """Write how a plan ended."""
     db.execute(
-        sa.update(PLANS)
-        .where(is_plan(plan))
-        .values(
-            answer=answer,
-            error=plain(error)[:200],
-            message=plain(message),
-            answered=now,
-            contribution=contribution,
-        )
+        _ANSWER,
+        {
+            **{f"the_{name}": getattr(plan, name) for name in (*PARTS, "site")},
+            "answer": answer,
+            "error": plain(error)[:200],
+            "message": plain(message),
+            "answered": now,
+            "contribution": contribution,
+        },
     )
 
 
 def lock_exchange(db: sa.Connection, run: str, round: int, attempt: int, kind: PlanKind) -> bool:
     """Whether an exchange is open; if so nobody closes it before this transaction ends."""
-    query = sa.select(EXCHANGES.c.opened).where(
-        of_attempt(EXCHANGES, run, round, attempt),
-        EXCHANGES.c.kind == kind,
-        EXCHANGES.c.closed.is_(None),
-    )
-    return db.execute(query.with_for_update()).first() is not None
+    key = {"the_run": run, "the_round": round, "the_attempt": attempt, "the_kind": kind}
+    return db.execute(_LOCK_EXCHANGE, key).first() is not None
 
 
 def plan_digests(plans: Sequence[PlanRow]) -> list[str]:

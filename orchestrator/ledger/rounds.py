@@ -20,6 +20,17 @@ from protos.errors import Conflict, InvalidInput, NotFound
 
 ROUNDS, RUNS, PLANS = tables.rounds, tables.runs, tables.plans
 
+_IN_ORDER = sa.select(ROUNDS).order_by(ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
+_NUMBERED = _IN_ORDER.where(
+    ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == sa.bindparam("the_round")
+)
+_NEWEST = (
+    sa.select(ROUNDS)
+    .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.state == "committed")
+    .order_by(ROUNDS.c.round.desc())
+    .limit(1)
+)
+
 UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
 
 
@@ -56,7 +67,7 @@ class Rounds(Exchanges):
                 for old in _rows(db, ROUNDS.c.run == run.id, ROUNDS.c.state.in_(UNDER_WAY)):
                     if old.round == row.round:
                         _step(db, old, UNDER_WAY, "abandoned", now, reason=abandoning)
-            _check_free(row, _rows(db, ROUNDS.c.run == run.id))
+            _check_free(db, row)
             values = {name: getattr(row, name) for name in RoundRow.__slots__}
             for name in ("draft", "closed_set", "memos", "summary"):
                 values[name] = to_json(values[name])
@@ -219,7 +230,14 @@ class Rounds(Exchanges):
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""
-        return next(reversed(self.history(run)), None)
+        with self._reading() as db:
+            row = db.execute(_NEWEST, {"the_run": find(db, run).id}).first()
+        return None if row is None else _round(row)
+
+    def attempts(self, run: str, number: int) -> list[RoundRow]:
+        """The attempts of one round in order; none if it was not planned yet."""
+        with self._reading() as db:
+            return _numbered(db, find(db, run).id, number)
 
     def open_rounds(self) -> list[RoundRow]:
         """Attempts of all runs that are planned, closed or held: what a start goes on with."""
@@ -228,15 +246,17 @@ class Rounds(Exchanges):
 
 
 def _rows(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[RoundRow]:
-    order = (ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
-    return [_round(row) for row in db.execute(sa.select(ROUNDS).where(*where).order_by(*order))]
+    return [_round(row) for row in db.execute(_IN_ORDER.where(*where))]
+
+
+def _numbered(db: sa.Connection, run: str, number: int) -> list[RoundRow]:
+    """The attempts of one round."""
+    found = db.execute(_NUMBERED, {"the_run": run, "the_round": number})
+    return [_round(row) for row in found]
 
 
 def _row(db: sa.Connection, run: str, number: int, attempt: int | None) -> RoundRow:
-    where = (ROUNDS.c.run == run) & (ROUNDS.c.round == number)
-    if attempt is not None:
-        where &= ROUNDS.c.attempt == attempt
-    found = _rows(db, where)
+    found = [r for r in _numbered(db, run, number) if attempt in (None, r.attempt)]
     if not found:
         which = f"round {number}" + (f", attempt {attempt}" if attempt is not None else "")
         raise NotFound(f"run {run}: there is no {which}", run=run, round=number)
@@ -251,9 +271,14 @@ def _round(row: sa.Row[Any]) -> RoundRow:
     return RoundRow(**values)
 
 
-def _check_free(row: RoundRow, others: Sequence[RoundRow]) -> None:
-    """Whether an attempt may begin, with all there is of its run."""
-    for other in others:
+def _check_free(db: sa.Connection, row: RoundRow) -> None:
+    """Whether an attempt may begin, with what there is of its run."""
+    in_its_way = sa.or_(
+        ROUNDS.c.state.in_(UNDER_WAY),
+        (ROUNDS.c.state == "committed") & (ROUNDS.c.round >= row.round),
+        (ROUNDS.c.round == row.round) & (ROUNDS.c.attempt >= row.attempt),
+    )
+    for other in _rows(db, ROUNDS.c.run == row.run, in_its_way):
         if other.state in UNDER_WAY:
             raise Conflict(f"{_where(other)}: it is {other.state}; end it before planning another")
         if other.state == "committed" and other.round >= row.round:

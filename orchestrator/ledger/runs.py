@@ -17,6 +17,11 @@ from protos.errors import Conflict
 
 RUNS, ROUNDS = tables.runs, tables.rounds
 
+_FIND = sa.select(RUNS).where(
+    sa.or_(RUNS.c.id == sa.bindparam("the_run"), RUNS.c.name == sa.bindparam("the_run"))
+)
+_LOCK = _FIND.with_for_update()
+
 
 class Runs(Database):
     """The part of the ledger that knows the runs."""
@@ -189,8 +194,7 @@ def find(db: sa.Connection, name_or_id: str, lock: bool = False) -> RunRow:
     Raises:
         NotFound: There is no such run.
     """
-    query = sa.select(RUNS).where(sa.or_(RUNS.c.id == name_or_id, RUNS.c.name == name_or_id))
-    row = db.execute(query.with_for_update() if lock else query).first()
+    row = db.execute(_LOCK if lock else _FIND, {"the_run": name_or_id}).first()
     if row is None:
         raise not_found("run", name_or_id, list(db.scalars(sa.select(RUNS.c.name))))
     return _run(row)

@@ -12,6 +12,10 @@ from protos.errors import Conflict, NotEnrolled, TokenUsed
 
 SITES, TOKENS, CERTIFICATES = tables.sites, tables.tokens, tables.certificates
 
+_CERTIFICATE = sa.select(CERTIFICATES).where(
+    CERTIFICATES.c.fingerprint == sa.bindparam("the_fingerprint")
+)
+
 
 class Sites(Database):
     """The part of the ledger that knows who is who."""
@@ -187,8 +191,8 @@ def _token(db: sa.Connection, token_id: str, lock: bool = False) -> TokenRow | N
 
 
 def _certificate(db: sa.Connection, fingerprint: str, lock: bool = False) -> CertificateRow | None:
-    query = sa.select(CERTIFICATES).where(CERTIFICATES.c.fingerprint == fingerprint)
-    row = db.execute(query.with_for_update() if lock else query).first()
+    query = _CERTIFICATE.with_for_update() if lock else _CERTIFICATE
+    row = db.execute(query, {"the_fingerprint": fingerprint}).first()
     return None if row is None else CertificateRow(*row)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.exchange import Gathered
 from orchestrator.ledger import PlanKind
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, payload_specs
-from orchestrator.rounds.plan import plan_for, plan_row
+from orchestrator.rounds.plan import plan_rows
 from orchestrator.views import Plugin
 from protos.contribution import Header
 
@@ -66,10 +66,9 @@ def _exchange(
     calibration: dict[str, Any],
 ) -> Gathered:
     row = planned.row
-    rows = [
-        plan_row(plan_for(engine, planned, site, kind, candidate.model.shared, calibration))
-        for site in row.draft["cohort"]
-    ]
+    rows = plan_rows(
+        engine, planned, row.draft["cohort"], kind, candidate.model.shared, calibration
+    )
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
     gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s)
     if gathered.interrupted:

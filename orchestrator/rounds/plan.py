@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.config import RunConfig
@@ -29,7 +30,7 @@ def plan(engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Plan
     before = engine.ledger.last_committed(run.id)
     if before is None:
         raise Conflict(f"run {run.name}: it has no first base")
-    attempts = [r for r in engine.ledger.rounds(run.id, all_attempts=True) if r.round == number]
+    attempts = engine.ledger.attempts(run.id, number)
     base = Model.of(before)
     if attempts and attempts[-1].state == "held":  # whoever lets the run go on has rejected it
         abandoning = abandoning or f"rejected after it was held: {attempts[-1].reason}"
@@ -103,10 +104,7 @@ def _draw_up(
         started=time.time(),
     )
     planned = Planned(config, run, row, base, before)
-    plans = [
-        plan_row(plan_for(engine, planned, site, "train", base.shared)) for site in drawn["cohort"]
-    ]
-    return row, plans
+    return row, plan_rows(engine, planned, drawn["cohort"], "train", base.shared)
 
 
 def _draft(
@@ -132,15 +130,26 @@ def _draft(
     }
 
 
-def plan_for(
+def plan_rows(
     engine: Engine,
     planned: Planned,
-    site: str,
+    sites: Sequence[str],
     kind: PlanKind,
     base: str,
     calibration: dict[str, Any] | None = None,
+) -> list[PlanRow]:
+    """The plans of some sites: one plan, and what in it is each site's own."""
+    if not sites:
+        return []
+    one = _plan_of(planned, sites[0], kind, base, calibration or {})
+    starts = _last_counted(engine, planned, sites, kind)
+    own = ({"site": site, "last_counted": starts.get(site, "")} for site in sites)
+    return [plan_row(one.model_copy(update=update)) for update in own]
+
+
+def _plan_of(
+    planned: Planned, site: str, kind: PlanKind, base: str, calibration: dict[str, Any]
 ) -> Plan:
-    """The plan of one site."""
     row, config, draft = planned.row, planned.config, planned.row.draft
     return Plan(
         run=row.run,
@@ -162,20 +171,21 @@ def plan_for(
         batch_size=draft["batch_size"],
         seed=config.seed,
         gradient_clip=config.local.gradient_clip,
-        last_counted=_last_counted(engine, planned, site, kind),
         deadline_s=config.cohort.deadline_s,
-        calibration=calibration or {},
+        calibration=calibration,
     )
 
 
-def _last_counted(engine: Engine, planned: Planned, site: str, kind: PlanKind) -> str:
-    """The contribution whose state the site starts from, or evaluates with."""
-    row = planned.row
+def _last_counted(
+    engine: Engine, planned: Planned, sites: Sequence[str], kind: PlanKind
+) -> dict[str, str]:
+    """The contributions whose states the sites start from, or evaluate with."""
+    row, ledger = planned.row, engine.ledger
+    counted = ledger.all_last_counted(row.run, sites, before=row.round)
     if kind != "train":
-        for mine in engine.ledger.contributions(row.run, row.round, row.attempt, "train"):
-            if mine.site == site:
-                return mine.digest
-    return engine.ledger.last_counted(row.run, site, before=row.round)
+        mine = ledger.contributions(row.run, row.round, row.attempt, "train")
+        counted |= {c.site: c.digest for c in mine}
+    return counted
 
 
 def plan_row(made: Plan) -> PlanRow:

@@ -647,33 +647,56 @@ def test_other_work_does_not_carry_over(ledger: Ledger) -> None:
     assert ledger.open_plans("south") == [other]
 
 
+def last_counted(ledger: Ledger, run: str, site: str, before: int | None = None) -> str:
+    """What is said of a site alone, which must be what is said of it among others."""
+    alone = ledger.last_counted(run, site, before)
+    among = ledger.all_last_counted(run, ["east", "north", "south"], before)
+    assert among[site] == alone
+    assert ledger.all_last_counted(run, [], before) == {}
+    return alone
+
+
 def test_the_last_counted_contribution_of_a_history(ledger: Ledger) -> None:
     assert finish(ledger, 1)
     second = finish(ledger, 2)
-    assert ledger.last_counted("r1", "north") == second[0]
-    assert ledger.last_counted("r1", "south") == second[1]
-    assert ledger.last_counted("r1", "east") == ""
-    first = ledger.last_counted("r1", "north", before=2)
+    assert last_counted(ledger, "r1", "north") == second[0]
+    assert last_counted(ledger, "r1", "south") == second[1]
+    assert last_counted(ledger, "r1", "east") == ""
+    first = last_counted(ledger, "r1", "north", before=2)
     assert first == ledger.round("r1", 1).closed_set[0]
 
     south, north = begin(ledger, round=3)
     for one in (south, north):
         ledger.accept(contribution(one))
-    assert ledger.last_counted("r1", "north") == second[0], "not committed yet"
+    assert last_counted(ledger, "r1", "north") == second[0], "not committed yet"
     ledger.close_round("r1", 3, 1, [contribution(south).digest], "chosen")
     ledger.commit_round("r1", 3, 1, model="m")
-    assert ledger.last_counted("r1", "north") == second[0], "it was not closed in"
-    assert ledger.last_counted("r1", "south") == contribution(south).digest
+    assert last_counted(ledger, "r1", "north") == second[0], "it was not closed in"
+    assert last_counted(ledger, "r1", "south") == contribution(south).digest
 
     ledger.create_run(run_row("r2", "child", parent=("r1", 1)))
-    assert ledger.last_counted("r2", "north") == first
+    assert last_counted(ledger, "r2", "north") == first
     own = finish(ledger, 1, run="r2")
-    assert ledger.last_counted("r2", "north") == own[0]
+    assert last_counted(ledger, "r2", "north") == own[0]
     ledger.create_run(run_row("r3", "grandchild", parent=("r2", 0)))
-    assert ledger.last_counted("r3", "north") == first
+    assert last_counted(ledger, "r3", "north") == first
 
 
 # ----------------------------------------------------------------------------------- exchanges
+
+
+def test_the_attempts_of_a_round(ledger: Ledger) -> None:
+    finish(ledger, 1)
+    begin(ledger, round=2)
+    ledger.abandon_round("r1", 2, 1, "below quorum")
+    ledger.plan_round(RoundRow("r1", 2, 2, started=1.0), [plan(2, "south", round=2)])
+    assert [(r.attempt, r.state) for r in ledger.attempts("r1", 2)] == [
+        (1, "abandoned"),
+        (2, "planned"),
+    ]
+    assert ledger.attempts("r1", 3) == []
+    newest = ledger.last_committed("r1")
+    assert newest == ledger.round("r1", 1)
 
 
 def test_a_candidate_is_assessed_in_an_exchange_of_its_own(ledger: Ledger) -> None:

@@ -89,3 +89,25 @@ def rounds(
     from orchestrator.bench.rounds import run_rounds
 
     run_rounds(sites, rounds, json_file)
+
+
+@bench.command()
+def codec(
+    model_mb: Annotated[
+        float, typer.Option("--model-mb", min=0.01, help="Size of the update, 10^6 bytes of fp32.")
+    ] = 200.0,
+    runs: Annotated[int, typer.Option("--runs", min=2, help="Runs; the first is not counted.")] = 6,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure the wire codecs: what one core encodes and decodes in a second, and what is saved.
+
+    Every codec of the catalogue with error feedback, beside a plain copy of the same tensor.
+
+    Example: `farflung bench codec --model-mb 200 --json codec.json`
+    """
+    from orchestrator.bench.codec import run_codec
+
+    run_codec(round(model_mb * 1e6), runs, json_file)

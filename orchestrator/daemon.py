@@ -32,6 +32,7 @@ from orchestrator.intake import Intake
 from orchestrator.ledger import EventLog, Ledger
 from orchestrator.operator_service import OperatorService
 from orchestrator.operator_socket import OperatorSocket
+from orchestrator.publisher import Publisher
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
@@ -77,6 +78,8 @@ class Daemon:
         self._started = time.time()
         self._compute_state: tuple[str, str] = ("starting", "")
         self._ended = threading.Event()
+        self._stale: dict[str, None] = {}  # runs whose view changed since it was published
+        self._shown: dict[str, str] = {}  # the state of each run as it was published
         self.address = ""
         self.dashboard = ""
 
@@ -107,7 +110,11 @@ class Daemon:
             log=home.log / "compute.log",
             on_event=self._on_compute,
         )
-        self.board = Board(self._publish_round)
+        self._round_news = Publisher(self._publish_round)
+        self._closing.callback(self._round_news.close)
+        self._run_news = Publisher(self._publish_runs)
+        self._closing.callback(self._run_news.close)
+        self.board = Board(self._round_news.soon)
         self.exchange = Exchange(
             self.ledger, self.board, config.sites.grace_s, self._note_about_site
         )
@@ -123,7 +130,7 @@ class Daemon:
             board=self.board,
             exchange=self.exchange,
             note=self.note,
-            publish=self._publish_round,
+            publish=self._round_news.soon,
             workers=workers,
         )
         self.runner = Runner(self.engine, self.changed)
@@ -251,19 +258,30 @@ class Daemon:
         self.note(level, run, number if run else None, site, text)
 
     def changed(self, run: str) -> None:
-        """A run's view changed."""
-        view = self.viewing.run(run)
-        self._append(
-            Event(
-                number=0,
-                time=time.time(),
-                kind="run",
-                run=run,
-                text=view.headline,
-                data=view.model_dump(mode="json"),
+        """A run's view changed: a round of it ended, or it did itself."""
+        if self.board.key[0] == run:
+            self._round_news.now()
+        self._stale[run] = None
+        if self.ledger.run(run).state == self._shown.get(run) == "running":
+            self._run_news.soon()
+        else:
+            self._run_news.now()
+
+    def _publish_runs(self) -> None:
+        while self._stale:
+            run, _ = self._stale.popitem()
+            view = self.viewing.run(run)
+            self._shown[run] = view.state
+            self._append(
+                Event(
+                    number=0,
+                    time=time.time(),
+                    kind="run",
+                    run=run,
+                    text=view.headline,
+                    data=view.model_dump(mode="json"),
+                )
             )
-        )
-        self._publish_round()
 
     def _publish_round(self) -> None:
         if self._ended.is_set() or not hasattr(self, "engine"):

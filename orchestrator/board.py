@@ -31,6 +31,7 @@ class _Live:
     learning_rate: float | None = None
     examples: int | None = None
     examples_per_s: float | None = None
+    waits_until: float | None = None
     received_bytes: int = 0
     sent_bytes: int = 0
     norm: float | None = None
@@ -67,6 +68,7 @@ class _Live:
             examples=self.examples,
             examples_per_s=self.examples_per_s,
             eta_s=self._eta(now),
+            waits_until=None if self.state in FINAL else self.waits_until,
             received_bytes=self.received_bytes,
             sent_bytes=self.sent_bytes,
             norm=self.norm,
@@ -141,6 +143,7 @@ class Board:
         loss: float | None,
         learning_rate: float | None,
         examples_per_s: float | None,
+        waits_until: float | None = None,
     ) -> None:
         """A site said where it is."""
         now = time.time()
@@ -148,7 +151,8 @@ class Board:
             row = self._rows.get(site)
             if row is None or row.state in FINAL:
                 return
-            new = row.enter(state, now)
+            new = row.enter(state, now) or waits_until != row.waits_until
+            row.waits_until = waits_until
             if state == "training":
                 row.done, row.planned, row.unit = done, planned, unit
                 row.loss, row.learning_rate = loss, learning_rate

@@ -25,6 +25,8 @@ from protos.v1 import site_pb2
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 3600.0
+LAST_TIME_S = 2.0**36
+"""Later than any time that a site may name (the year 4147); dates can still be made of it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Exchange:
                 said.loss if math.isfinite(said.loss) else None,
                 said.learning_rate or None,
                 said.examples_per_s or None,
+                said.waits_until if 0 < said.waits_until < LAST_TIME_S else None,
             )
 
     def counted(self, site: str, plan_id: str, header_digest: str) -> None:

@@ -76,6 +76,7 @@ class SiteWork(View):
         reason: What went wrong, where, what to do; with the error's class in ``error``.
         phases: The timeline, oldest first.
         done: Of ``planned``, in ``unit``.
+        waits_until: No window of the site is open: when one opens, Unix time.
         scores: Scores of the candidate at this site, by name.
     """
 
@@ -92,6 +93,7 @@ class SiteWork(View):
     examples: int | None = None
     examples_per_s: float | None = None
     eta_s: float | None = None
+    waits_until: float | None = None
     received_bytes: int = 0
     sent_bytes: int = 0
     norm: float | None = None

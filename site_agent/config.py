@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from datetime import time
+from dataclasses import dataclass
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from protos.contribution import Merge
 from protos.errors import ConfigInvalid
@@ -20,7 +21,39 @@ from site_agent.task_source import TaskSource
 
 _HOURS = re.compile(r"([01]\d|2[0-4]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)\Z")
 
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY_MINUTES = 24 * 60
+MBIT_BYTES = 10**6 / 8
+
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _hours(value: str) -> str:
+    if _HOURS.match(value) is None:
+        raise ValueError('must look like "22:00-06:00"')
+    return value
+
+
+Hours = Annotated[str, AfterValidator(_hours)]
+"""Local time, "HH:MM-HH:MM"; the end is not part of it, and may lie on the next day."""
+
+
+def _minutes(hours: str) -> tuple[int, int]:
+    """Begin and end in minutes after midnight."""
+    start, end = (int(part[:2]) * 60 + int(part[3:]) for part in hours.split("-"))
+    return start, end
+
+
+def _cap(value: float) -> float:
+    if value < 0 or 0 < value < LEAST_CAP_MBIT_PER_S:
+        raise ValueError(f"must be 0 (no cap) or at least {LEAST_CAP_MBIT_PER_S:g}")
+    return value
+
+
+LEAST_CAP_MBIT_PER_S = 0.1
+"""Below it a connection is too slow to be told from a dead one."""
+
+Cap = Annotated[float, AfterValidator(_cap)]
 
 
 class Section(BaseModel):
@@ -79,22 +112,15 @@ class PolicySection(Section):
     max_tokens: int | None = Field(None, ge=1)
     max_seconds: Positive | None = None
     max_bytes: int | None = Field(None, ge=1)
-    hours: str = "00:00-24:00"
+    hours: Hours = "00:00-24:00"
     init: bool = True
     side_payloads: tuple[Merge, ...] = ("sum", "mean by count")
     error_text: Literal["code", "full"] = "code"
     metrics: tuple[str, ...] | Literal["all"] = "all"
 
-    @field_validator("hours")
-    @classmethod
-    def _hours(cls, value: str) -> str:
-        if _HOURS.match(value) is None:
-            raise ValueError('must look like "22:00-06:00"')
-        return value
-
     def open_at(self, now: time) -> bool:
         """Whether a local time lies within ``hours``."""
-        start, end = (int(p[:2]) * 60 + int(p[3:]) for p in self.hours.split("-"))
+        start, end = _minutes(self.hours)
         minute = now.hour * 60 + now.minute
         if start <= end:
             return start <= minute < end
@@ -123,6 +149,69 @@ class TrainerSection(Section):
     environment: tuple[str, ...] = ()
 
 
+class WindowSection(Section):
+    """A table [[network.windows]]: a time in which models and contributions may move.
+
+    Attributes:
+        days: Days on which it begins, "mon" to "sun"; none for every day.
+        hours: Local time, "HH:MM-HH:MM"; may pass midnight.
+        up_mbit_per_s: Cap inside it, towards the orchestrator; None for the one of [network].
+        down_mbit_per_s: The same, from the orchestrator.
+    """
+
+    days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()
+    hours: Hours
+    up_mbit_per_s: Cap | None = None
+    down_mbit_per_s: Cap | None = None
+
+    @field_validator("hours")
+    @classmethod
+    def _some_time(cls, value: str) -> str:
+        start, end = _minutes(value)
+        if start == end:
+            raise ValueError('is no time at all; a whole day is "00:00-24:00"')
+        return value
+
+    def spans(self, now: datetime) -> list[tuple[datetime, datetime]]:
+        """The times around ``now`` (local, without a zone) in which it is open: a week, both ways."""
+        start, end = _minutes(self.hours)
+        minutes = end - start if end > start else end - start + DAY_MINUTES
+        midnight = datetime.combine(now.date(), time())
+        begins = (midnight + timedelta(days=d, minutes=start) for d in range(-7, 9))
+        return [
+            (begin, begin + timedelta(minutes=minutes))
+            for begin in begins
+            if not self.days or _DAYS[begin.weekday()] in self.days
+        ]
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What [network] allows at a moment.
+
+    Attributes:
+        is_open: Whether models and contributions may move.
+        up_mbit_per_s: Cap towards the orchestrator; 0 for none.
+        down_mbit_per_s: Cap from the orchestrator; 0 for none.
+        changes: When a window begins or ends next, local time; None for never.
+    """
+
+    is_open: bool
+    up_mbit_per_s: float
+    down_mbit_per_s: float
+    changes: datetime | None
+
+    @property
+    def rules(self) -> tuple[bool, float, float]:
+        """All but when it changes."""
+        return self.is_open, self.up_mbit_per_s, self.down_mbit_per_s
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether there is a cap in any direction."""
+        return bool(self.up_mbit_per_s or self.down_mbit_per_s)
+
+
 class NetworkSection(Section):
     """The table [network].
 
@@ -130,10 +219,29 @@ class NetworkSection(Section):
         address: host:port of the orchestrator; empty for the one of the join token.
         server_name: Name to expect in the orchestrator's certificate where the address is
             another one (a tunnel, a forwarded port).
+        up_mbit_per_s: Most that contributions take of the line, in 10^6 bits a second; 0 for no cap.
+        down_mbit_per_s: The same for models that are fetched.
+        windows: When models and contributions may move; none for always.
     """
 
     address: str = Field("", pattern=r"^$|^.+:\d+$")
     server_name: str = ""
+    up_mbit_per_s: Cap = 0.0
+    down_mbit_per_s: Cap = 0.0
+    windows: tuple[WindowSection, ...] = ()
+
+    def at(self, now: datetime) -> Allowance:
+        """What is allowed at a local time; of several open windows the first one's caps count."""
+        wall = now.replace(tzinfo=None)
+        spans = [(window, *span) for window in self.windows for span in window.spans(wall)]
+        changes = min((t for _, *ends in spans for t in ends if t > wall), default=None)
+        inside = next((w for w, begin, end in spans if begin <= wall < end), None)
+        up, down = self.up_mbit_per_s, self.down_mbit_per_s
+        if inside is not None and inside.up_mbit_per_s is not None:
+            up = inside.up_mbit_per_s
+        if inside is not None and inside.down_mbit_per_s is not None:
+            down = inside.down_mbit_per_s
+        return Allowance(inside is not None or not self.windows, up, down, changes)
 
 
 class SiteConfig(Section):
@@ -189,7 +297,8 @@ class SiteConfig(Section):
 
 TEMPLATE = """\
 # What this data center has and accepts. Nothing in this file is ever sent.
-# `farflung-site doctor` checks it; a running agent reads it when it starts.
+# `farflung-site doctor` checks it. A running agent takes up changes of [policy] and of the caps and
+# windows of [network] by itself; everything else needs a restart.
 
 [site]
 # device = "auto"            # auto | cpu | cuda | cuda:1
@@ -221,4 +330,13 @@ TEMPLATE = """\
 [network]
 # address = "orchestrator.example:8470"       # where the join token's address is not reachable
 # server_name = "localhost"                   # name in its certificate, if dialled under another
+# up_mbit_per_s = 20         # most that contributions take of the line; 0 for no cap
+# down_mbit_per_s = 100      # most that fetched models take
+#
+# Models and contributions move inside these times only; none for always.
+#
+# [[network.windows]]
+# days = ["mon", "tue", "wed", "thu", "fri"]  # on which it begins; absent for every day
+# hours = "20:00-06:00"      # local time
+# up_mbit_per_s = 200        # another cap inside it
 """

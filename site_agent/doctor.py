@@ -78,6 +78,9 @@ def _folder(home: Home) -> Iterator[Finding]:
             )
     config = SiteConfig.load(home.config)
     yield Finding("configuration", "ok", f"{home.config} ({len(config.tasks)} tasks)")
+    from site_agent.link.network import Network, in_words
+
+    yield Finding("network", "ok", in_words(Network(config.network).facts()))
 
 
 def _certificate(home: Home) -> Iterator[Finding]:

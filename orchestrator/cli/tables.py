@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from rich.table import Table
 from rich.text import Text
@@ -198,9 +199,17 @@ def work_table(entry: views.Round) -> Table:
             NOTHING if site.examples_per_s is None else f"{site.examples_per_s:,.0f}",
             size(site.received_bytes),
             size(site.sent_bytes),
-            site.reason,
+            site.reason or window(site),
         )
     return table
+
+
+def window(site: views.SiteWork) -> str:
+    """What a site waits for whose windows are closed."""
+    if site.waits_until is None:
+        return ""
+    when = datetime.fromtimestamp(site.waits_until).astimezone()
+    return f"no window is open until {when:%a %H:%M}"
 
 
 def progress(site: views.SiteWork) -> str:

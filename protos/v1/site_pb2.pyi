@@ -293,6 +293,7 @@ class Progress(google.protobuf.message.Message):
     LOSS_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     EXAMPLES_PER_S_FIELD_NUMBER: builtins.int
+    WAITS_UNTIL_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     state: Global___Progress.State.ValueType
     done: builtins.float
@@ -304,6 +305,8 @@ class Progress(google.protobuf.message.Message):
     """running mean; NaN where there is none"""
     learning_rate: builtins.float
     examples_per_s: builtins.float
+    waits_until: builtins.float
+    """no window of the site is open: Unix time at which one opens; else 0"""
     def __init__(
         self,
         *,
@@ -315,8 +318,9 @@ class Progress(google.protobuf.message.Message):
         loss: builtins.float = ...,
         learning_rate: builtins.float = ...,
         examples_per_s: builtins.float = ...,
+        waits_until: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "examples_per_s", b"examples_per_s", "learning_rate", b"learning_rate", "loss", b"loss", "plan_id", b"plan_id", "planned", b"planned", "state", b"state", "unit", b"unit"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "examples_per_s", b"examples_per_s", "learning_rate", b"learning_rate", "loss", b"loss", "plan_id", b"plan_id", "planned", b"planned", "state", b"state", "unit", b"unit", "waits_until", b"waits_until"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Progress: typing_extensions.TypeAlias = Progress

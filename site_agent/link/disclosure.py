@@ -35,6 +35,10 @@ class Disclosure:
     def __init__(self, site: str, policy: PolicySection, log: Path) -> None:
         self._site, self._policy, self._log = site, policy, LineFile(log)
 
+    def apply(self, policy: PolicySection) -> None:
+        """Another policy counts from now on."""
+        self._policy = policy
+
     def failure(self, failed: Failed) -> str:
         """What is said of an exception in the trainer."""
         if failed.ours:
@@ -67,10 +71,13 @@ class Disclosure:
         return loss
 
     def progress(self, progress: site_pb2.Progress) -> None:
-        """Note that a plan was told to be in another state."""
+        """Note that a plan was told to be in another state, or to wait for a window."""
         loss = progress.loss if math.isfinite(progress.loss) else None
         state = site_pb2.Progress.State.Name(progress.state).lower()
-        self.sent("progress", plan=progress.plan_id, state=state, train_loss=loss)
+        waits = progress.waits_until or None
+        self.sent(
+            "progress", plan=progress.plan_id, state=state, train_loss=loss, waits_until=waits
+        )
 
     def sent(self, kind: str, **content: Any) -> None:
         """Note what left."""

@@ -37,6 +37,7 @@ class Assignment:
         done: Of ``planned``, in ``unit``.
         planned: See ``done``.
         unit: See ``done``.
+        waits_until: When a window opens that it waits for, Unix time; 0 if it doesn't wait.
         since: When it came, on the monotonic clock.
         cancelled: The orchestrator does not want it any more.
     """
@@ -46,8 +47,13 @@ class Assignment:
     done: float = 0.0
     planned: float = 0.0
     unit: str = ""
+    waits_until: float = 0.0
     since: float = field(default_factory=monotonic)
     cancelled: bool = False
+
+    def told(self) -> site_pb2.Progress:
+        """Where it is, once more."""
+        return told(self.plan.id, self.state, self.done, self.planned, self.unit)
 
     @property
     def state_name(self) -> str:

@@ -26,6 +26,10 @@ class Policy:
     ) -> None:
         self._site, self._section, self._sources = site, section, sources
 
+    def apply(self, section: PolicySection) -> None:
+        """Another policy counts from now on; plans that were accepted stay so."""
+        self._section = section
+
     def check_plan(self, plan: Plan, now: datetime | None = None) -> None:
         """Accept a plan.
 

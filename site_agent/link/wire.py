@@ -17,18 +17,23 @@ from site_agent.link.keys import Keys
 
 MESSAGE_BYTES = 16 << 20
 KEEPALIVE_MS = 30_000
+CONTROL_TIMEOUT_MS, BULK_TIMEOUT_MS = 10_000, 60_000
+"""How long a ping may take. On a bulk connection it queues behind megabytes on a narrow line."""
+
 PROBE_S = 5.0
 
 Options = list[tuple[str, str | int]]
 
 
-def channel_options(address: str, server_name: str = "") -> Options:
-    """What both connections have in common."""
+def channel_options(
+    address: str, server_name: str = "", timeout_ms: int = CONTROL_TIMEOUT_MS
+) -> Options:
+    """What all connections have in common."""
     options: Options = [
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
@@ -55,11 +60,18 @@ def host_of(address: str) -> str:
 
 
 def dial(
-    address: str, key: bytes, certificate: bytes, authority: bytes, server_name: str = ""
+    address: str,
+    key: bytes,
+    certificate: bytes,
+    authority: bytes,
+    server_name: str = "",
+    options: Options | None = None,
 ) -> grpc.Channel:
     """A channel with a client certificate; connects when it is first used."""
     credentials = grpc.ssl_channel_credentials(authority, key, certificate)
-    return grpc.secure_channel(address, credentials, channel_options(address, server_name))
+    return grpc.secure_channel(
+        address, credentials, options or channel_options(address, server_name)
+    )
 
 
 class Wire:
@@ -69,10 +81,18 @@ class Wire:
         keys: Gives the keys; they change when a certificate is renewed.
         address: host:port; empty for the join token's.
         server_name: Name to expect in the orchestrator's certificate; empty for the host's.
+        valve: Gives what a bulk connection dials instead of the orchestrator; empty for nothing.
     """
 
-    def __init__(self, keys: Callable[[], Keys], address: str = "", server_name: str = "") -> None:
+    def __init__(
+        self,
+        keys: Callable[[], Keys],
+        address: str = "",
+        server_name: str = "",
+        valve: Callable[[], str] = lambda: "",
+    ) -> None:
         self._keys, self._address, self._server_name = keys, address, server_name
+        self._valve = valve
 
     @property
     def address(self) -> str:
@@ -88,6 +108,18 @@ class Wire:
             keys.certificate,
             keys.authority,
             self._server_name,
+        )
+
+    def open_bulk(self) -> grpc.Channel:
+        """A connection for models and contributions; through the valve while a cap is set."""
+        keys, valve = self._keys(), self._valve()
+        name = self._server_name or (host_of(self.address) if valve else "")
+        return dial(
+            valve or self.address,
+            key_pem(keys.key),
+            keys.certificate,
+            keys.authority,
+            options=channel_options(self.address, name, BULK_TIMEOUT_MS),
         )
 
     def diagnose(self) -> FarflungError | None:

@@ -16,11 +16,13 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-READ_BYTES = 256 << 10
+READ_BYTES = 64 << 10
 LEAST_PIECE = 1448
 """What one packet carries: a slow line must not move in coarser steps than a real one."""
-PIECES = 64
-"""Pieces of one connection that may wait at once, as its window would allow."""
+AHEAD_BYTES = 64 << 10
+"""What the kernel may hold of a connection on either side: the proxy must not look like a large modem."""
+SLOW_PIECES = 32
+"""Pieces of one connection that may wait before the bottleneck, as its window would allow."""
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 Line = asyncio.Queue[tuple[float, bytes]]
@@ -36,7 +38,7 @@ class Direction:
         queue_bytes: What may wait before the bottleneck, in order of arrival whatever the connection.
             What finds no room is not read, as a sender's window would close.
         nbytes: Bytes that came in from the sender, of connections that were cut too.
-        moments: When they came, and how many.
+        moments: When bytes went on to the receiver, and how many.
     """
 
     bytes_per_s: float = 0.0
@@ -64,10 +66,6 @@ class Direction:
         if not self.bytes_per_s:
             return READ_BYTES
         return max(LEAST_PIECE, min(READ_BYTES, int(self.bytes_per_s / 50)))
-
-    def came(self, nbytes: int) -> None:
-        self.nbytes += nbytes
-        self.moments.append((monotonic(), nbytes))
 
     async def enter(self, nbytes: int) -> float:
         """Wait for room in the queue; when the bytes will be through."""
@@ -185,15 +183,23 @@ class Proxy:
         except OSError:
             to_site.transport.abort()
             return
+        for end in (to_site, to_daemon):
+            end.transport.set_write_buffer_limits(0)
+            raw = end.get_extra_info("socket")
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                raw.setsockopt(socket.SOL_SOCKET, buffer, AHEAD_BYTES)
         connection = Connection((to_site, to_daemon))
         self.connections.append(connection)
         self._open.add(connection)
         ways = (("up", self.up, near, to_daemon), ("down", self.down, far, to_site))
         tasks = []
         for way, direction, reader, writer in ways:
-            line = Line(PIECES)
+            line = Line(SLOW_PIECES if direction.bytes_per_s else 1)
             arrive = self._arrive(connection, way, direction, reader, line)
-            tasks += [asyncio.create_task(arrive), asyncio.create_task(_leave(line, writer))]
+            tasks += [
+                asyncio.create_task(arrive),
+                asyncio.create_task(_leave(line, direction, writer)),
+            ]
         try:
             await asyncio.gather(*tasks)
         except OSError:
@@ -216,12 +222,12 @@ class Proxy:
         data = b"start"
         while data:
             data = await reader.read(direction.piece())
-            direction.came(len(data))
+            direction.nbytes += len(data)
             setattr(connection, way, getattr(connection, way) + len(data))
             await line.put((await direction.enter(len(data)), data))
 
 
-async def _leave(line: Line, writer: asyncio.StreamWriter) -> None:
+async def _leave(line: Line, direction: Direction, writer: asyncio.StreamWriter) -> None:
     data = b"start"
     while data:
         due, data = await line.get()
@@ -229,5 +235,6 @@ async def _leave(line: Line, writer: asyncio.StreamWriter) -> None:
             await asyncio.sleep(wait)
         writer.write(data)
         await writer.drain()
+        direction.moments.append((monotonic(), len(data)))
     if writer.can_write_eof():
         writer.write_eof()

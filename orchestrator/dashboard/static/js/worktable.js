@@ -1,7 +1,7 @@
 // Who did what in a round: one row per site, its bar of time, its work, and what went wrong.
 
 import { copy, h, say } from "./dom.js";
-import { bytes, plain, rate, seconds } from "./format.js";
+import { bytes, clock, plain, rate, seconds } from "./format.js";
 import { colour, siteColour } from "./palette.js";
 import { moved, picture } from "./pen.js";
 import { files } from "./panel.js";
@@ -39,6 +39,7 @@ function doneWords(row) {
 }
 
 function timeWords(row) {
+  if (row.waits_until) return `paused until ${clock(row.waits_until)}`;
   if (isOpen(row)) return row.eta_s === null ? "" : `${seconds(row.eta_s)} left`;
   return spans(row).length ? seconds(took(row)) : "";
 }

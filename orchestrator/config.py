@@ -225,7 +225,9 @@ class PluginSection(Section):
 
 
 class RetentionSection(Section):
-    """What ``gc`` keeps besides the newest and the best model of every run.
+    """What is kept besides the newest and the best model of every run.
+
+    Models go with ``gc``. Contributions go by themselves once enough later rounds are committed.
 
     Attributes:
         models: Models of the last n rounds of a run, or "all".

@@ -41,6 +41,7 @@ from orchestrator.store import Store
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon as DaemonView
 from orchestrator.views import Event
+from protos.bulk import add_bulk
 from protos.errors import Unavailable
 from protos.identity import certificate_pem
 from protos.rpc import ErrorInterceptor
@@ -167,7 +168,7 @@ class Daemon:
         )
         bulk = BulkService(self.ledger, self.store, doorkeeper, intake, self.exchange)
         site_pb2_grpc.add_ControlServicer_to_server(control, server)
-        site_pb2_grpc.add_BulkServicer_to_server(bulk, server)
+        add_bulk(bulk, server)
         host, _ = split_address(config.listen.bind)
         hosts = tuple(dict.fromkeys([*config.listen.hosts, host]))
         if config.listen.address:

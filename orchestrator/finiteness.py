@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +98,14 @@ def first_bad(path: Path, spans: list[Span]) -> tuple[float, str]:
     not may have overflowed, so the block is then looked at.
     """
     total = 0.0
+    buffer = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         for name, dtype, start, stop, counts in spans:
             file.seek(start)
             left = stop - start
             while left > 0:
-                data = file.read(min(BLOCK_BYTES, left))
-                if not data:
+                data = buffer[: min(BLOCK_BYTES, left)]
+                if not _fill(file, data):
                     return math.nan, name
                 left -= len(data)
                 if dtype in NARROW:
@@ -121,3 +123,13 @@ def first_bad(path: Path, spans: list[Span]) -> tuple[float, str]:
                     square = float(np.dot(wide, wide))
                 total += square if counts else 0.0
     return total, ""
+
+
+def _fill(file: FileIO, buffer: memoryview) -> bool:
+    """Read exactly that many bytes; False where the file ends before."""
+    while buffer:
+        got = file.readinto(buffer)
+        if not got:
+            return False
+        buffer = buffer[got:]
+    return True

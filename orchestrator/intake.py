@@ -23,7 +23,8 @@ from orchestrator.doorkeeper import Caller
 from orchestrator.finiteness import first_bad, first_model_spans, side_spans, tensor_spans
 from orchestrator.ledger import ContributionRow, Ledger, PlanRow
 from orchestrator.store import Store
-from protos.chunks import ChunkFile, missing_chunks, write_durably
+from protos.bulk import Chunk
+from protos.chunks import ChunkFile
 from protos.contribution import Header
 from protos.errors import (
     ContributionRefused,
@@ -38,6 +39,8 @@ from protos.plan import Plan
 from protos.v1 import common_pb2, site_pb2
 
 log = logging.getLogger(__name__)
+
+PAYLOAD, INDEX, HEADER = "payload", "head.index", "head.header"
 
 MAX_SIDE_BYTES = 256 << 20
 """Side payloads of one contribution, together (init and assess carry everything in them)."""
@@ -84,7 +87,7 @@ class Intake:
         self._ledger, self._store, self._spool = ledger, store, spool
         self._check_blocks = check_blocks
         self._turns = threading.Condition()
-        self._busy: set[str] = set()
+        self._open: dict[str, ChunkFile | None] = {}  # by contribution; None while it is opened
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -162,8 +165,11 @@ class Intake:
 
     # -- bytes --------------------------------------------------------------------------------------
 
+    def _site_folder(self, site: str) -> Path:
+        return self._spool / re.sub(r"[^A-Za-z0-9._-]", "_", site)
+
     def _folder(self, site: str, contribution: str) -> Path:
-        return self._spool / re.sub(r"[^A-Za-z0-9._-]", "_", site) / contribution
+        return self._site_folder(site) / contribution
 
     @contextmanager
     def receiving(self, announced: Announced) -> Iterator[ChunkFile]:
@@ -178,41 +184,57 @@ class Intake:
         """
         site, contribution = announced.header.site, announced.header.digest
         with self._turns:
-            if not self._turns.wait_for(lambda: contribution not in self._busy, TURN_S):
+            if not self._turns.wait_for(lambda: contribution not in self._open, TURN_S):
                 raise Unavailable(
                     f"site {site}: another stream sends this contribution; try again", site=site
                 )
-            self._busy.add(contribution)
+            self._open[contribution] = None
         try:
             folder = self._folder(site, contribution)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_durably(folder / "head.index", announced.index.encoded)
-            write_durably(folder / "head.header", announced.encoded)
-            with ChunkFile(folder / "payload", announced.index) as file:
+            if not (folder / HEADER).exists():
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # Not synced: without them a restart finds an unknown folder, and the site sends again.
+                (folder / INDEX).write_bytes(announced.index.encoded)
+                (folder / HEADER).write_bytes(announced.encoded)
+            with ChunkFile(folder / PAYLOAD, announced.index, self._store.spares) as file:
+                self._open[contribution] = file
                 yield file
         except (ContributionRefused, ManifestInvalid):
             self.forget(site, contribution)
             raise
         finally:
             with self._turns:
-                self._busy.discard(contribution)
+                del self._open[contribution]
                 self._turns.notify_all()
 
     def missing(self, caller: Caller, plan_id: str) -> list[tuple[int, int]] | None:
         """Chunks that are missing of the caller's contribution to a plan; None: never heard of it."""
-        site = caller.identity.name
-        folder = self._spool / re.sub(r"[^A-Za-z0-9._-]", "_", site)
-        for child in folder.iterdir() if folder.is_dir() else ():
+        for folder in self._site_folder(caller.identity.name).glob("*/"):
             try:
-                header = Header.decode((child / "head.header").read_bytes())
-                index = Index.decode((child / "head.index").read_bytes())
+                header = Header.decode((folder / HEADER).read_bytes())
+                index = Index.decode((folder / INDEX).read_bytes())
             except (FarflungError, OSError):
                 continue
             if header.plan_id == plan_id:
-                return missing_chunks(child / "payload", index)
+                return self._missing(folder, index)
         return None
 
-    def receive(self, file: ChunkFile, chunks: Iterator[common_pb2.Chunk], site: str) -> int:
+    def _missing(self, folder: Path, index: Index) -> list[tuple[int, int]]:
+        contribution = folder.name
+        with self._turns:
+            if contribution in self._open:  # an older stream, which may still be receiving
+                file = self._open[contribution]
+                return [(0, len(index.chunks))] if file is None else file.missing()
+            self._open[contribution] = None
+        try:
+            with ChunkFile(folder / PAYLOAD, index) as file:
+                return file.missing()
+        finally:
+            with self._turns:
+                del self._open[contribution]
+                self._turns.notify_all()
+
+    def receive(self, file: ChunkFile, chunks: Iterator[Chunk], site: str) -> int:
         """Write chunks as they come; gives how many bytes came.
 
         Raises:
@@ -290,7 +312,7 @@ class Intake:
         """Remove what arrived in part for plans that are over; for the daemon's start."""
         for folder in self._spool.glob("*/*"):
             try:
-                header = Header.decode((folder / "head.header").read_bytes())
+                header = Header.decode((folder / HEADER).read_bytes())
                 row = self._ledger.plan(header.plan_id, header.site)
                 wanted = row is not None and any(
                     p.work_digest == row.work_digest for p in self._ledger.open_plans(header.site)
@@ -302,7 +324,7 @@ class Intake:
 
     def _examine(self, announced: Announced, folder: Path) -> tuple[float | None, str]:
         plan, header = announced.plan, announced.header
-        payload = folder / "payload"
+        payload = folder / PAYLOAD
         if plan.kind in ("assess", "reassess"):
             return None, first_bad(payload, side_spans(header, Manifest(())))[1]
         if plan.kind == "init":
@@ -311,7 +333,7 @@ class Intake:
         covered = self.covered(plan)
         side = first_bad(payload, side_spans(header, covered))[1]
         if header.codec:
-            norm, bad = self._check_blocks(announced.row, header, folder / "head.header", payload)
+            norm, bad = self._check_blocks(announced.row, header, folder / HEADER, payload)
             return norm, bad or side
         spans = tensor_spans(header, covered)
         square, bad = first_bad(payload, spans)

@@ -1,4 +1,4 @@
-"""What is kept and what ``gc`` removes, by the daemon's ``[retention]``."""
+"""What is kept, what goes after a commit and what ``gc`` removes, by the daemon's ``[retention]``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ def collect(engine: Engine, dry_run: bool) -> Collected:
     for run in engine.ledger.runs():
         keep |= needed(engine, run, engine.config.retention)
     return engine.store.collect(keep, dry_run)
+
+
+def retire(engine: Engine, run: RunRow, committed: int) -> None:
+    """Collect, after a commit, the contributions that are not to be kept any longer.
+
+    Their files are what the next round's contributions are written over.
+
+    Args:
+        engine: The daemon's parts.
+        run: The run.
+        committed: The round.
+    """
+    count = engine.config.retention.contributions
+    if count != "all" and committed >= count:
+        for artefact in engine.ledger.only_of_round(run.id, committed - count):
+            engine.store.retire(artefact)
 
 
 def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from orchestrator.compute.errors import ComputeDied
 from orchestrator.config import RunConfig
 from orchestrator.ledger import RunRow
+from orchestrator.retention import retire
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
@@ -128,6 +129,7 @@ class Runner:
             abandoning = ""
             if outcome.state == "committed":
                 tries = 0
+                retire(self._engine, row, number)
                 self._note("info", row, number, f"round {number} of {row.rounds} is committed")
             elif outcome.state == "held":
                 return self._pause(row, outcome.reason)

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
@@ -19,6 +19,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.sessions import Session, Sessions
 from orchestrator.store import Store
 from orchestrator.views import WorkState
+from protos.bulk import Chunk, Incoming, chunk_message
 from protos.chunks import read_chunks
 from protos.contribution import Header
 from protos.errors import (
@@ -242,7 +243,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
 
     def FetchModel(
         self, request: site_pb2.FetchRequest, context: grpc.ServicerContext
-    ) -> Iterator[site_pb2.FetchReply]:
+    ) -> Iterator[Any]:
         """The index, the manifest, and the missing chunks of an artefact of an open plan."""
         site = self._doorkeeper.site(context).identity.name
         named = set[str]()
@@ -261,19 +262,19 @@ class BulkService(site_pb2_grpc.BulkServicer):
         if not index.chunks:
             return
         for number, data in read_chunks(self._store.path(request.digest), index, ranges):
-            yield site_pb2.FetchReply(chunk=common_pb2.Chunk(number=number, data=data))
+            yield chunk_message(number, data)
             self._listener.moved(site, received=len(data))
 
     def Contribute(
         self,
-        request_iterator: Iterator[site_pb2.ContributeRequest],
+        request_iterator: Iterator[Incoming],
         context: grpc.ServicerContext,
     ) -> common_pb2.Answer:
         """One contribution; the answer is final."""
         caller = self._doorkeeper.site(context)
         site = caller.identity.name
         first = next(request_iterator, None)
-        if first is None or first.WhichOneof("kind") != "head":
+        if not isinstance(first, site_pb2.ContributeRequest) or not first.HasField("head"):
             raise InvalidInput("contribution: the first message must be the head")
         plan_id = ""
         try:
@@ -286,7 +287,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
                     file.discard()
                     self._intake.forget(site, announced.header.digest)
                     return settled
-                chunks = (m.chunk for m in request_iterator if m.WhichOneof("kind") == "chunk")
+                chunks = (m for m in request_iterator if isinstance(m, Chunk))
                 received = self._intake.receive(file, chunks, site)
                 self._listener.moved(site, sent=received)
                 if not file.complete:

@@ -1,8 +1,8 @@
 """Chunks of an artefact between files and the wire: written once, hashed once, resumable.
 
-A `ChunkFile` receives chunks in any order into a file of the final size and remembers, in a small
-file beside it, which of them are there and durable. It serves both directions: a site's download
-and the orchestrator's spool.
+A `ChunkFile` receives chunks in any order into a file of the final size and knows after every
+accident which of them are there. It serves both directions: a site's download and the
+orchestrator's spool.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from types import TracebackType
 from protos.digest import Bytes, digest
 from protos.errors import DataCorrupt, ManifestInvalid
 from protos.manifest import CHUNK_BYTES, Index
+from protos.spares import Spares
 
-FLUSH_CHUNKS = 64
-"""How many chunks may be lost from the record (not from the file) by a power cut."""
+SAVE_CHUNKS = 256
+"""How many chunks of a long transfer a power cut may lose."""
 
 
 def sync_folder(path: Path) -> None:
@@ -27,6 +28,20 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a folder with all that is in it durable."""
+    for child in path.iterdir():
+        if child.is_dir():
+            sync_tree(child)
+            continue
+        fd = os.open(child, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    sync_folder(path)
 
 
 def write_durably(path: Path, data: Bytes, mode: int = 0o644) -> None:
@@ -49,11 +64,17 @@ class IndexWriter:
 
     Args:
         path: A file that must not exist.
+        spares: Where a file to write over may be found.
+        nbytes: How large it will be, if that is known; for the choice among the spares.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._pending = bytearray()
+    def __init__(self, path: Path, spares: Spares | None = None, nbytes: int = 0) -> None:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already")
+        reused = spares is not None and spares.take(path, nbytes)
+        self._file = path.open("r+b" if reused else "xb", buffering=0)
+        self._pending = bytearray(CHUNK_BYTES)
+        self._filled = 0
         self._chunks: list[str] = []
         self.nbytes = 0
 
@@ -61,18 +82,18 @@ class IndexWriter:
         """Append some bytes."""
         view = memoryview(data).cast("B")
         self.nbytes += len(view)
-        if self._pending:
-            take = min(CHUNK_BYTES - len(self._pending), len(view))
-            self._pending += view[:take]
+        while view:
+            if not self._filled and len(view) >= CHUNK_BYTES:
+                self._emit(view[:CHUNK_BYTES])
+                view = view[CHUNK_BYTES:]
+                continue
+            take = min(CHUNK_BYTES - self._filled, len(view))
+            self._pending[self._filled : self._filled + take] = view[:take]
+            self._filled += take
             view = view[take:]
-            if len(self._pending) == CHUNK_BYTES:
+            if self._filled == CHUNK_BYTES:
                 self._emit(memoryview(self._pending))
-                self._pending = bytearray()
-        while len(view) >= CHUNK_BYTES:
-            self._emit(view[:CHUNK_BYTES])
-            view = view[CHUNK_BYTES:]
-        if view:
-            self._pending += view
+                self._filled = 0
 
     def _emit(self, chunk: memoryview) -> None:
         self._chunks.append(digest(chunk))
@@ -80,11 +101,11 @@ class IndexWriter:
             chunk = chunk[self._file.write(chunk) or 0 :]
 
     def finish(self, manifest_digest: str) -> Index:
-        """Write what is pending, sync the file, and give the index of its bytes."""
-        if self._pending:
-            self._emit(memoryview(self._pending))
-            self._pending = bytearray()
-        os.fsync(self._file.fileno())
+        """Write what is pending and give the index of its bytes. Whoever names the file syncs it."""
+        if self._filled:
+            self._emit(memoryview(self._pending)[: self._filled])
+            self._filled = 0
+        os.ftruncate(self._file.fileno(), self.nbytes)
         self._file.close()
         return Index(manifest_digest, self.nbytes, tuple(self._chunks))
 
@@ -94,32 +115,53 @@ class IndexWriter:
 
 
 class ChunkFile:
-    """A file that is being received chunk by chunk.
+    """A file that is being received chunk by chunk, as ``<name>.part`` until it is complete.
 
-    Reopening the same path with the same index goes on where it was.
+    Opened again with the same index, it goes on where it was. Which chunks are there stands in
+    ``<name>.have`` after a transfer that was interrupted, and after every `SAVE_CHUNKS` of a long
+    one; chunks behind those of the record (their process was killed) are known by their digests.
 
     Args:
-        path: The file; beside it ``<name>.have`` holds one byte per chunk.
-        index: What the file will be.
+        path: Where the complete file will be.
+        index: What it will be.
+        spares: Where a file to write over may be found.
     """
 
-    def __init__(self, path: Path, index: Index) -> None:
+    def __init__(self, path: Path, index: Index, spares: Spares | None = None) -> None:
         self.path, self.index = path, index
-        self._record = _record_of(path)
-        known = _recorded(path, index)
-        if known is None and self._record.exists():
-            # It must never vouch for the file that is made now.
-            self._record.unlink()
-            sync_folder(path.parent)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if known is None:
-            os.ftruncate(self._fd, 0)
+        self._part, self._record = part_of(path), _record_of(path)
+        found = self._part.exists()
+        if not found:
+            if self._record.exists():
+                # It must never vouch for the file that is made now.
+                self._record.unlink()
+                sync_folder(path.parent)
+            if spares is not None:
+                spares.take(self._part, index.nbytes)
+        self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
+        size = os.fstat(self._fd).st_size
+        if size != index.nbytes:
             os.ftruncate(self._fd, index.nbytes)
-            self._have = bytearray(len(index.chunks))
-            self._save()
-        else:
-            self._have = known
+        self._have = (_recorded(path, index) if found else None) or bytearray(len(index.chunks))
         self._unsaved = 0
+        if found and size == index.nbytes:
+            self._find_more()
+        self.received_bytes = sum(
+            b - a for i, here in enumerate(self._have) if here for a, b in [index.span(i)]
+        )
+        """Bytes that are here."""
+
+    def _find_more(self) -> None:
+        """Look for chunks that were written after the record was; they came in ascending order."""
+        for number, here in enumerate(self._have):
+            if here:
+                continue
+            start, stop = self.index.span(number)
+            data = os.pread(self._fd, stop - start, start)
+            if digest(data) != self.index.chunks[number]:
+                return
+            self._have[number] = 1
+            self._unsaved += 1
 
     def missing(self) -> list[tuple[int, int]]:
         """Half-open ranges of chunk numbers that are not here yet."""
@@ -128,12 +170,7 @@ class ChunkFile:
     @property
     def complete(self) -> bool:
         """Whether every chunk is here."""
-        return all(self._have)
-
-    @property
-    def received_bytes(self) -> int:
-        """Bytes that are here."""
-        return sum(b - a for i, h in enumerate(self._have) if h for a, b in [self.index.span(i)])
+        return self.received_bytes == self.index.nbytes
 
     def write(self, number: int, data: Bytes) -> None:
         """Store one chunk.
@@ -145,46 +182,48 @@ class ChunkFile:
         if not 0 <= number < len(self.index.chunks):
             raise ManifestInvalid(f"chunk {number} of {len(self.index.chunks)}")
         start, stop = self.index.span(number)
-        if len(data) != stop - start:
-            raise ManifestInvalid(f"chunk {number}: {len(data)} bytes where {stop - start} belong")
+        size = stop - start
+        if len(data) != size:
+            raise ManifestInvalid(f"chunk {number}: {len(data)} bytes where {size} belong")
         if digest(data) != self.index.chunks[number]:
             raise DataCorrupt(f"chunk {number}: its bytes do not have the announced digest")
         view = memoryview(data)
         while view:
             written = os.pwrite(self._fd, view, start)
             view, start = view[written:], start + written
-        self._have[number] = 1
+        if not self._have[number]:
+            self._have[number] = 1
+            self.received_bytes += size
         self._unsaved += 1
-        if self._unsaved >= FLUSH_CHUNKS:
-            self.sync()
+        if self._unsaved >= SAVE_CHUNKS:
+            self.save()
 
-    def sync(self) -> None:
+    def save(self) -> None:
         """Make everything received so far durable, the bytes before the record of them."""
         os.fdatasync(self._fd)
-        self._save()
-
-    def _save(self) -> None:
         write_durably(self._record, self.index.digest.encode() + bytes(self._have), 0o600)
         self._unsaved = 0
 
     def finish(self) -> None:
-        """Sync and close a complete file and forget the record.
+        """Sync and close a complete file, give it its name, and forget the record.
 
         Raises:
             DataCorrupt: Chunks are missing.
         """
         if not self.complete:
             raise DataCorrupt(f"{self.path.name}: chunks {self.missing()[:3]} are missing")
-        os.fsync(self._fd)
+        os.fdatasync(self._fd)
         os.close(self._fd)
         self._fd = -1
+        self._part.rename(self.path)
         self._record.unlink(missing_ok=True)
         sync_folder(self.path.parent)
 
     def close(self) -> None:
         """Sync and close; what is here stays for the next time."""
         if self._fd >= 0:
-            self.sync()
+            if self._unsaved:
+                self.save()
             os.close(self._fd)
             self._fd = -1
 
@@ -194,7 +233,7 @@ class ChunkFile:
             os.close(self._fd)
             self._fd = -1
         self._record.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> ChunkFile:
         """For ``with``."""
@@ -210,6 +249,11 @@ class ChunkFile:
         self.close()
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is while it is being received."""
+    return path.with_name(path.name + ".part")
+
+
 def _record_of(path: Path) -> Path:
     return path.with_name(path.name + ".have")
 
@@ -222,13 +266,7 @@ def _recorded(path: Path, index: Index) -> bytearray | None:
         return None
     if known[:64] != index.digest.encode() or len(known) != 64 + len(index.chunks):
         return None
-    return bytearray(known[64:]) if path.exists() else None
-
-
-def missing_chunks(path: Path, index: Index) -> list[tuple[int, int]]:
-    """What `ChunkFile.missing` would say, without a hand on the file: somebody may be writing it."""
-    have = _recorded(path, index) or bytes(len(index.chunks))
-    return ranges(i for i, here in enumerate(have) if not here)
+    return bytearray(known[64:])
 
 
 def ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

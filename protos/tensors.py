@@ -6,6 +6,7 @@ The only place where torch meets the wire. Nothing here is ever unpickled.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,10 @@ DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+
+
+MAX_READ_BYTES = 1 << 30
+"""Of one read; the kernel's own bound is just under 2 GiB."""
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -95,25 +100,92 @@ def _checked(spec: TensorSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensor.detach().cpu()
 
 
-def map_file(path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors of an artefact's file, mapped copy-on-write: pages are read when touched.
+class ArtefactFile(Mapping[str, Tensor]):
+    """The tensors of an artefact's file, of which nothing is read before it is asked for.
+
+    By name they are mapped copy-on-write (pages are read when touched); `read_into` reads a range
+    into memory that is there already, which costs less than touching fresh pages.
+
+    Args:
+        path: The file.
+        manifest: What it holds.
 
     Raises:
         DataCorrupt: The file has another size than the manifest says.
     """
-    size = path.stat().st_size
-    if size != manifest.nbytes:
-        raise DataCorrupt(f"{path.name}: {size} bytes where the manifest says {manifest.nbytes}")
-    if size == 0:
-        return {s.name: torch.empty(s.shape, dtype=DTYPES[s.dtype]) for s in manifest}
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    flat = torch.frombuffer(mapped, dtype=torch.uint8)
-    out = {}
-    for spec, offset in zip(manifest, manifest.offsets, strict=True):
-        part = flat[offset : offset + spec.nbytes]
-        if spec.elements == 0:
-            out[spec.name] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-        else:
-            out[spec.name] = part.view(DTYPES[spec.dtype]).view(spec.shape)
-    return out
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != manifest.nbytes:
+                raise DataCorrupt(
+                    f"{path.name}: {size} bytes where the manifest says {manifest.nbytes}"
+                )
+            self._fd = os.dup(file.fileno())
+        self._mapped: dict[str, Tensor] | None = None
+
+    def __del__(self) -> None:
+        """Close the file; mapped tensors stay good."""
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor, mapped."""
+        if self._mapped is None:
+            self._mapped = self._map()
+        return self._mapped[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the manifest's order."""
+        return (spec.name for spec in self.manifest)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.manifest)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self.manifest
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read elements of a tensor into a contiguous CPU tensor of the same dtype.
+
+        Args:
+            name: Which tensor.
+            start: First element, counted in the flattened tensor.
+            out: As many elements as are wanted.
+
+        Raises:
+            DataCorrupt: The file ends before.
+        """
+        position = self.manifest.positions[name]
+        at = self.manifest.offsets[position] + start * out.element_size()
+        view = view_bytes(out)
+        while view:
+            got = os.preadv(self._fd, [view[:MAX_READ_BYTES]], at)
+            if not got:
+                raise DataCorrupt(f"tensor {name}: its file was cut", tensor=name)
+            view, at = view[got:], at + got
+
+    def _map(self) -> dict[str, Tensor]:
+        if not self.manifest.nbytes:
+            return {s.name: torch.empty(s.shape, dtype=DTYPES[s.dtype]) for s in self.manifest}
+        flat = torch.frombuffer(mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        out = {}
+        for spec, offset in zip(self.manifest, self.manifest.offsets, strict=True):
+            part = flat[offset : offset + spec.nbytes]
+            if spec.elements == 0:
+                out[spec.name] = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+            else:
+                out[spec.name] = part.view(DTYPES[spec.dtype]).view(spec.shape)
+        return out
+
+
+def map_file(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of an artefact's file, mapped (see `ArtefactFile`).
+
+    Raises:
+        DataCorrupt: The file has another size than the manifest says.
+    """
+    return dict(ArtefactFile(path, manifest))

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.errors import HomeLocked, NotFound
+from protos.spares import Spares
 
 DEFAULT_HOME = Path("~/.farflung-site")
+SPARES = 2
 HOME_VARIABLE = "FARFLUNG_SITE_HOME"
 
 
@@ -53,6 +55,10 @@ class Home:
     def work(self) -> Path:
         """Contributions in the making; emptied at every start."""
         return self.root / "work"
+
+    def spares(self) -> Spares:
+        """Files to write over: the payload that was sent, the base that is not needed any more."""
+        return Spares(self.root / "spare", SPARES)
 
     @property
     def log(self) -> Path:

@@ -52,6 +52,7 @@ class Perform(Line):
         frozen: File of the frozen part, if it was asked for.
         state: Folder of the site's state to start from; empty for none.
         out: A folder that must not exist; what it holds at the end is the contribution.
+        spares: Folder of files that may be written over.
     """
 
     op: Literal["perform"] = "perform"
@@ -60,6 +61,7 @@ class Perform(Line):
     frozen: str = ""
     state: str = ""
     out: str
+    spares: str = ""
 
 
 class CancelJob(Line):

@@ -103,6 +103,20 @@ class Contributions(Plans):
             rows = [ContributionRow(*row) for row in db.execute(query.where(where))]
         return sorted(rows, key=lambda row: (row.kind, row.site))
 
+    def only_of_round(self, run: str, round: int) -> list[str]:
+        """Artefacts of the contributions to a round, whatever came of them, that no other round has."""
+        c = CONTRIBUTIONS.c
+        here = sa.select(c.index).where((c.run == run) & (c.round == round))
+        elsewhere = sa.case(((c.run == run) & (c.round == round), 0), else_=1)
+        query = (
+            sa.select(c.index)
+            .where(c.index.in_(here))
+            .group_by(c.index)
+            .having(sa.func.sum(elsewhere) == 0)
+        )
+        with self._reading() as db:
+            return [row[0] for row in db.execute(query)]
+
     def contribution(self, digest: str) -> ContributionRow:
         """One contribution, counted or late.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protos.errors import OutOfSpace
+from protos.spares import Spares
 
 
 class Reservation:
@@ -31,10 +32,11 @@ class Space:
 
     Args:
         folder: A folder on it.
+        spares: Files there that go when room is short.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, spares: Spares) -> None:
+        self._folder, self._spares = folder, spares
         self._lock = threading.Lock()
         self._open: set[Reservation] = set()
 
@@ -48,6 +50,8 @@ class Space:
         with self._lock:
             free = shutil.disk_usage(self._folder).free
             reserved = sum(one.nbytes for one in self._open)
+            if nbytes > free - reserved:
+                free += self._spares.clear()
             if nbytes > free - reserved:
                 raise OutOfSpace(
                     f"{self._folder}: {nbytes} bytes are needed, {free} are free and {reserved} of"

@@ -6,6 +6,7 @@
     objects/<digest>               small documents
     tombstones/<digest>            what was erased: when and why
     scratch/                       unfinished files, on the same file system
+    spare/                         files that the next contributions are written over
 
 A name appears only with complete, durable bytes behind it: write, sync, rename, sync the folder.
 Only the daemon changes the store; reducers open the same folder and read.
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from orchestrator.store.collection import collect
+from orchestrator.store.collection import COLLECTED, collect
 from orchestrator.store.space import Reservation, Space
 from orchestrator.store.tombstones import Tombstones
 from orchestrator.views import Collected
@@ -30,6 +31,10 @@ from protos.digest import Bytes, is_digest
 from protos.digest import digest as digest_of
 from protos.errors import DataCorrupt, InvalidInput, NotFound, OutOfSpace
 from protos.manifest import CHUNK_BYTES, Index, Manifest
+from protos.spares import Spares
+
+SPARES = 256
+"""Files in ``spare``: about what the sites of one round contribute."""
 
 FOLDERS = ("artefacts", "manifests", "objects", "tombstones", "scratch")
 
@@ -50,7 +55,8 @@ class Store:
         for name in FOLDERS:
             (self.root / name).mkdir(exist_ok=True)
         self._tombstones = Tombstones(self.root / "tombstones")
-        self._space = Space(self.root)
+        self.spares = Spares(self.root / "spare", SPARES)
+        self._space = Space(self.root, self.spares)
         self._lock = threading.RLock()  # among the daemon's threads: adopt, erase, collect
         self._scratches = 0
 
@@ -233,6 +239,15 @@ class Store:
             # The tombstone first: a reader in between hears "erased", never "not found".
             self._tombstones.put(digest, reason)
             self._remove(digest)
+            self.spares.clear()  # what was collected before must be gone for good now, too
+
+    def retire(self, digest: str) -> None:
+        """Collect one artefact; its file becomes a spare. Twice is as once."""
+        with self._lock:
+            if digest in self:
+                self._tombstones.put(digest, COLLECTED)
+                self.spares.give(self._data_path(digest))
+                self._remove(digest)
 
     def erased(self, digest: str) -> str | None:
         """Why it was erased; None if it was not."""

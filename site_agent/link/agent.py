@@ -73,7 +73,12 @@ class Agent:
             self._journal.error("a damaged contribution is left aside", folder=name)
         self._wire = Wire(lambda: self._keys, config.network.address, config.network.server_name)
         self._fetcher = Fetcher(
-            self._wire, home.cache, self._policy, config.site.keep_bases, self._journal
+            self._wire,
+            home.cache,
+            self._policy,
+            config.site.keep_bases,
+            home.spares(),
+            self._journal,
         )
         self._sender = Sender(self._wire, self._outbox, self, self._journal)
         self._worker = Worker(

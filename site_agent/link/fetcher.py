@@ -11,11 +11,13 @@ from pathlib import Path
 
 import grpc
 
+from protos.bulk import BulkStub, Chunk
 from protos.chunks import ChunkFile, write_durably
 from protos.errors import DataCorrupt, FarflungError, OutOfSpace, Unavailable
 from protos.manifest import Index, Manifest
 from protos.rpc import from_rpc_error
-from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
+from protos.spares import Spares
+from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.policy import Policy
 from site_agent.link.wire import Wire, backoff
@@ -49,14 +51,21 @@ class Fetcher:
         cache: Folder: ``<digest>.data``, ``.index``, ``.manifest``.
         policy: Bounds the size.
         keep: How many files stay.
+        spares: Files to write over.
         journal: Log.
     """
 
     def __init__(
-        self, wire: Wire, cache: Path, policy: Policy, keep: int, journal: Journal
+        self,
+        wire: Wire,
+        cache: Path,
+        policy: Policy,
+        keep: int,
+        spares: Spares,
+        journal: Journal,
     ) -> None:
         self._wire, self._cache, self._policy = wire, cache, policy
-        self._keep, self._journal = keep, journal
+        self._keep, self._spares, self._journal = keep, spares, journal
         self._queue: queue.SimpleQueue[Want | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._channel: grpc.Channel | None = None
@@ -120,19 +129,17 @@ class Fetcher:
 
     def _is_here(self, path: Path) -> bool:
         index = _read_index(path)
-        partial = path.with_name(path.name + ".have")
         return (
             index is not None
             and path.with_suffix(".manifest").exists()
             and path.exists()
-            and not partial.exists()
             and path.stat().st_size == index.nbytes
         )
 
     def _download(self, want: Want, path: Path) -> bool:
         """One attempt; False if the connection broke."""
         index = _read_index(path)
-        file = ChunkFile(path, index) if index is not None else None
+        file = ChunkFile(path, index, self._spares) if index is not None else None
         if file is not None and file.complete:  # all came, and the agent ended before it knew
             file.finish()
             return True
@@ -147,13 +154,14 @@ class Fetcher:
                 if not want.wanted() or self._stop.is_set():
                     replies.cancel()
                     return False
-                if reply.WhichOneof("kind") == "head":
+                if isinstance(reply, Chunk):
                     if file is None:
-                        file = self._announced(want, path, reply.head)
-                elif file is not None:
-                    file.write(reply.chunk.number, reply.chunk.data)
-                    self.received_bytes += len(reply.chunk.data)
+                        raise DataCorrupt(f"model {want.digest[:12]}: a chunk came before the head")
+                    file.write(reply.number, reply.data)
+                    self.received_bytes += len(reply.data)
                     want.progress(file.received_bytes, file.index.nbytes)
+                elif file is None:
+                    file = self._announced(want, path, reply.head)
             if file is None:
                 raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
             if not file.complete:
@@ -182,6 +190,8 @@ class Fetcher:
         self._policy.check_size(index.nbytes, "a model")
         free = shutil.disk_usage(self._cache).free
         if free < index.nbytes + SPARE_BYTES:
+            free += self._spares.clear()
+        if free < index.nbytes + SPARE_BYTES:
             raise OutOfSpace(
                 f"a model of {index.nbytes} bytes does not fit: {free} bytes are free at this site",
                 needed=index.nbytes,
@@ -189,13 +199,13 @@ class Fetcher:
             )
         write_durably(path.with_suffix(".manifest"), manifest.encoded, 0o600)
         write_durably(path.with_suffix(".index"), index.encoded, 0o600)
-        return ChunkFile(path, index)
+        return ChunkFile(path, index, self._spares)
 
-    def _stub(self) -> site_pb2_grpc.BulkStub:
+    def _stub(self) -> BulkStub:
         with self._lock:
             if self._channel is None:
                 self._channel = self._wire.open()
-            return site_pb2_grpc.BulkStub(self._channel)
+            return BulkStub(self._channel)
 
     # -- cache -----------------------------------------------------------------------------------
 
@@ -208,8 +218,9 @@ class Fetcher:
         for old in files[self._keep :]:
             if old.stem in self._in_use:
                 continue
-            for suffix in (".data.have", ".index", ".manifest", ".data"):
-                (self._cache / f"{old.stem}{suffix}").unlink(missing_ok=True)
+            for suffix in (".index", ".manifest"):
+                old.with_suffix(suffix).unlink(missing_ok=True)
+            self._spares.give(old)
 
 
 def _read_index(path: Path) -> Index | None:

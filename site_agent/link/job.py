@@ -9,6 +9,7 @@ from pathlib import Path
 
 from protos.errors import OutOfSpace
 from protos.plan import Plan
+from protos.spares import Spares
 from site_agent.link.plans import Assignment
 
 
@@ -46,14 +47,16 @@ class Job:
         return self.assignment.plan
 
 
-def reserve(job: Job) -> None:
-    """Check that a contribution and the next state will fit on the disk.
+def reserve(job: Job, spares: Spares) -> None:
+    """Check that a contribution and the next state will fit on the disk; spares go before that fails.
 
     Raises:
         OutOfSpace: They won't.
     """
     needed = 2 * sum(file.stat().st_size for file in job.files.values())
     free = shutil.disk_usage(job.folder.parent).free
+    if free < needed:
+        free += spares.clear()
     if free < needed:
         raise OutOfSpace(
             f"a contribution may need {needed} bytes, and {free} are free at this site",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from protos.chunks import sync_folder, write_durably
+from protos.chunks import sync_folder, sync_tree, write_durably
 from protos.contribution import Header
 from protos.digest import canonical, digest, is_digest
 from protos.errors import DataCorrupt, FarflungError
@@ -82,6 +82,7 @@ class Outbox:
 
     def __init__(self, home: Home, keep: int = 5) -> None:
         self._home, self._keep = home, keep
+        self._spares = home.spares()
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._needed: dict[str, str] = {}
@@ -114,9 +115,9 @@ class Outbox:
             raise DataCorrupt("the trainer's payload is not the one that its header describes")
         encoded = header.encode()
         signature = sign_header(key, encoded, header.plan_id, header.site)
-        write_durably(made / HEADER, encoded, 0o600)
-        write_durably(made / SIGNATURE, signature, 0o600)
-        sync_folder(made)
+        (made / HEADER).write_bytes(encoded)
+        (made / SIGNATURE).write_bytes(signature)
+        sync_tree(made)
         name = digest(encoded)
         with self._lock:
             target = self._home.contributions / name
@@ -164,11 +165,11 @@ class Outbox:
                 return
             entry.verdict = verdict
             if not entry.stateful:
-                self._drop(entry)
+                self._drop(entry, recycle=True)
                 return
             answer = {"verdict": verdict, "message": message, "plans": entry.plans}
             write_durably(entry.folder / ANSWER, canonical(answer), 0o600)
-            entry.payload.unlink(missing_ok=True)
+            self._spares.give(entry.payload)
             self._prune(entry.run)
 
     def discard(self, entry: Entry) -> None:
@@ -183,6 +184,7 @@ class Outbox:
             for entry in gone:
                 self._drop(entry)
             self._needed.pop(run, None)
+            self._spares.clear()
             return len(gone)
 
     def _prune(self, run: str) -> None:
@@ -193,11 +195,13 @@ class Outbox:
                 if entry.digest != self._needed.get(run):
                     self._drop(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: Entry, recycle: bool = False) -> None:
         self._entries.pop(entry.digest, None)
         grave = self._home.work / f"gone-{entry.digest}"
         _remove(grave)
         entry.folder.rename(grave)
+        if recycle:
+            self._spares.give(grave / PAYLOAD)
         _remove(grave)
 
 

@@ -9,10 +9,11 @@ from typing import Protocol
 
 import grpc
 
+from protos.bulk import BulkStub, chunk_message
 from protos.chunks import read_chunks
 from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable
 from protos.rpc import from_rpc_error
-from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
+from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.wire import Wire, backoff
@@ -144,7 +145,7 @@ class Sender:
         """Ask how it stands with a plan; if it can't be asked now, its offer will come again."""
         request = site_pb2.StatusRequest(plan_id=plan_id)
         try:
-            stub = site_pb2_grpc.BulkStub(self._open())
+            stub = BulkStub(self._open())
             status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
         except (grpc.RpcError, ValueError):
             self.reconnect()
@@ -167,7 +168,7 @@ class Sender:
             self._not_before[entry.digest] = monotonic() + wait
 
     def _send(self, entry: Entry) -> None:
-        stub = site_pb2_grpc.BulkStub(self._open())
+        stub = BulkStub(self._open())
         broken: list[FarflungError | OSError] = []
         try:
             request = site_pb2.StatusRequest(plan_id=entry.header.plan_id)
@@ -197,7 +198,7 @@ class Sender:
 
     def _messages(
         self, entry: Entry, missing: list[tuple[int, int]] | None
-    ) -> Iterator[site_pb2.ContributeRequest]:
+    ) -> Iterator[site_pb2.ContributeRequest | bytes]:
         """The head, then what is missing there; everything if it never heard of it (None)."""
         yield site_pb2.ContributeRequest(
             head=site_pb2.ContributionHead(
@@ -215,7 +216,7 @@ class Sender:
         if not ranges or not entry.index.chunks:
             return
         for number, data in read_chunks(entry.payload, entry.index, ranges):
-            yield site_pb2.ContributeRequest(chunk=common_pb2.Chunk(number=number, data=data))
+            yield chunk_message(number, data)
             done += len(data)
             self.sent_bytes += len(data)
             self._ears.sending(entry, done, planned)
@@ -234,8 +235,8 @@ class Sender:
 
 
 def _watched(
-    messages: Iterator[site_pb2.ContributeRequest], broken: list[FarflungError | OSError]
-) -> Iterator[site_pb2.ContributeRequest]:
+    messages: Iterator[site_pb2.ContributeRequest | bytes], broken: list[FarflungError | OSError]
+) -> Iterator[site_pb2.ContributeRequest | bytes]:
     try:
         yield from messages
     except (FarflungError, OSError) as error:

@@ -88,6 +88,7 @@ class Worker:
         self._trainer: TrainerProcess | None = None
         self._job: Job | None = None
         self._jobs = 0
+        self._spares = home.spares()
         self._paused = False
 
     # -- from other threads ----------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Worker:
                 contribution=plan.last_counted,
             )
         try:
-            reserve(job)
+            reserve(job, self._spares)
         except OutOfSpace as error:
             self._fail(error)
             return
@@ -252,6 +253,7 @@ class Worker:
                 frozen=str(job.files[plan.frozen]) if job.need_frozen else "",
                 state=str(state) if state else "",
                 out=str(job.folder),
+                spares=str(self._spares.folder),
             )
         )
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from torch import Tensor
 
 from protos.errors import TaskFailed
-from protos.manifest import Manifest, Placement, TensorSpec
+from protos.manifest import Placement
 from protos.plan import Plan
-from protos.tensors import DTYPES, iterate_bytes
+from protos.spares import Spares
+from protos.tensors import ArtefactFile, iterate_bytes
 from site_agent.pipe import Progress
 from site_agent.trainer import inner_optimizer
 from site_agent.trainer.assessing import assess
@@ -22,6 +22,7 @@ from site_agent.trainer.fitting import Fitted, fit
 from site_agent.trainer.payload import Blocks, Contribution, blocks_of
 from site_agent.trainer.randomness import round_generator
 from site_agent.trainer.site_state import SiteState
+from site_agent.trainer.update import Differences
 from site_agent.trainer.watch import Watch
 from site_agent.trainer.workload import Workload
 from strategies.context import SidePayload, Update
@@ -57,6 +58,7 @@ class Exchange:
         base: File of the base.
         state: Folder of the state to start from; None for none.
         out: Where the contribution goes.
+        spares: Files that may be written over.
     """
 
     work: Workload
@@ -66,6 +68,7 @@ class Exchange:
     base: Path | None
     state: Path | None
     out: Path
+    spares: Spares | None = None
 
     def perform(self) -> None:
         """Do it.
@@ -83,8 +86,10 @@ class Exchange:
                 made = self._assess()
         made.task_digest = self.work.task_digest
         made.packages = self.work.device.packages()
+        with self.clock.phase("encoding"):
+            made.write_payload(self.out, self.spares)
         made.seconds = {name: round(value, 6) for name, value in self.clock.seconds.items()}
-        made.write(self.out)
+        made.write_header(self.out)
 
     # -- train --------------------------------------------------------------------------------
 
@@ -92,20 +97,21 @@ class Exchange:
         """adopt, fit, encode."""
         work, plan = self.work, self.plan
         base, remembered = self._start()
-        adopted, state = work.stack.adopt(dict(base), remembered.strategies, plan)
-        work.load(adopted)
+        theirs = dict(base)
+        adopted, state = work.stack.adopt(dict(theirs), remembered.strategies, plan)
+        work.load({n: v for n, v in adopted.items() if v is not theirs.get(n)})
         with self.clock.phase("training"):
-            fitted = fit(work, plan, base, state, remembered.optimizer, self.watch)
+            fitted = fit(work, plan, theirs, state, remembered.optimizer, self.watch)
         self.watch.tell(Progress(job=self.watch.job, state="ENCODING"))
         with self.clock.phase("encoding"):
             return self._encode(base, fitted)
 
-    def _encode(self, base: dict[str, Tensor], fitted: Fitted) -> Contribution:
+    def _encode(self, base: ArtefactFile, fitted: Fitted) -> Contribution:
         work, plan = self.work, self.plan
         covered = work.shared.covering(plan.groups)
         work.model.eval()
         update = Update(
-            tensors=_differences(covered, base, work.state()),
+            tensors=Differences(covered, base, work.state()),
             examples=fitted.examples,
             steps=fitted.steps,
             epochs=fitted.epochs,
@@ -139,14 +145,14 @@ class Exchange:
             optimizer=inner_optimizer.saved(fitted.optimizer, self.work.model) if keep else {},
         )
 
-    def _start(self) -> tuple[dict[str, Tensor], SiteState]:
+    def _start(self) -> tuple[ArtefactFile, SiteState]:
         """The base, loaded into the model, and what this site remembers."""
         if self.base is None:
             raise TaskFailed(f"site {self.work.site}: the plan names no base")
         base = self.work.read_base(self.base)
         remembered = SiteState.read(self.state) if self.state else SiteState()
         self.work.reset()
-        self.work.load(base)
+        self.work.fill(base)
         self.work.load({n: v for n, v in remembered.own.items() if n in self.work.own})
         return base, remembered
 
@@ -183,23 +189,6 @@ class Exchange:
             payloads={name: SidePayload(value) for name, value in sums.items()},
             examples=samples,
         )
-
-
-def _differences(
-    covered: Manifest, base: dict[str, Tensor], local: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What is sent: base - local for parameters, the local value for statistics and counters."""
-
-    def wire(spec: TensorSpec, tensor: Tensor, copy: bool = False) -> Tensor:
-        return tensor.detach().to("cpu", DTYPES[spec.wire_dtype], copy=copy)
-
-    # What is not a difference is copied, so that a strategy can't reach into the model.
-    return {
-        spec.name: wire(spec, base[spec.name]) - wire(spec, local[spec.name])
-        if spec.kind == "parameter"
-        else wire(spec, local[spec.name], copy=True)
-        for spec in covered
-    }
 
 
 def _bytes(data: bytes) -> SidePayload:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 
-from protos.chunks import IndexWriter, write_durably
+from protos.chunks import IndexWriter
 from protos.contribution import Header, PayloadSpec
 from protos.digest import Bytes
 from protos.errors import ManifestInvalid
-from protos.manifest import Index, Manifest
+from protos.manifest import Manifest
 from protos.plan import Plan
+from protos.spares import Spares
 from protos.tensors import dtype_name, view_bytes
 from site_agent.trainer.site_state import SiteState
+from site_agent.trainer.update import Differences
 from strategies.context import SidePayload, Update
 
 PAYLOAD, INDEX, HEADER, STATE = "payload", "index.json", "header.json", "state"
@@ -32,11 +35,13 @@ class Blocks:
         parts: Bytes in order.
         codec: Name of the wire codec; empty for raw.
         sizes: Bytes of each tile; empty for raw, where they follow from the manifest.
+        nbytes: Bytes in all, as far as they are known before they are written.
     """
 
     parts: Iterable[Bytes] = ()
     codec: str = ""
     sizes: tuple[int, ...] = ()
+    nbytes: int = 0
 
 
 def blocks_of(site: str, covered: Manifest, update: Update, codec: str) -> Blocks:
@@ -50,7 +55,7 @@ def blocks_of(site: str, covered: Manifest, update: Update, codec: str) -> Block
     if extra:
         raise _wrong(site, extra[0], "is not among the tensors that the plan covers")
     sizes: list[int] = []
-    parts: list[Bytes] = []
+    parts: list[Iterable[Bytes]] = []
     tiles: dict[str, list[int]] = {}
     for tile in covered.tiles:
         tiles.setdefault(tile.spec.name, []).append(tile.wire_nbytes)
@@ -62,11 +67,15 @@ def blocks_of(site: str, covered: Manifest, update: Update, codec: str) -> Block
             if len(blocks) != len(raw):
                 raise _wrong(site, spec.name, f"has {len(raw)} tiles, but {len(blocks)} blocks")
             sizes += [len(b) for b in blocks]
-            parts += blocks
+            parts.append(blocks)
             continue
-        tensor = update.tensors.get(spec.name)
-        if tensor is None:
+        if spec.name not in update.tensors:
             raise _wrong(site, spec.name, "is missing in the update")
+        if isinstance(update.tensors, Differences) and update.tensors.untouched(spec.name):
+            sizes += raw
+            parts.append(update.tensors.written(spec))
+            continue
+        tensor = update.tensors[spec.name]
         if tuple(tensor.shape) != spec.shape or dtype_name(tensor) != spec.wire_dtype:
             raise _wrong(
                 site,
@@ -75,8 +84,8 @@ def blocks_of(site: str, covered: Manifest, update: Update, codec: str) -> Block
                 f"{spec.wire_dtype} {list(spec.shape)} belongs",
             )
         sizes += raw
-        parts.append(view_bytes(tensor))
-    return Blocks(parts, codec, tuple(sizes) if codec else ())
+        parts.append([view_bytes(tensor)])
+    return Blocks(chain.from_iterable(parts), codec, tuple(sizes) if codec else (), sum(sizes))
 
 
 def _wrong(site: str, tensor: str, what: str) -> ManifestInvalid:
@@ -114,12 +123,33 @@ class Contribution:
     task_digest: str = ""
     packages: dict[str, str] = field(default_factory=dict)
     state: SiteState | None = None
+    _specs: tuple[PayloadSpec, ...] = field(default=(), init=False)
+    _index: str = field(default="", init=False)
 
-    def write(self, folder: Path) -> None:
-        """Write everything into a new folder and sync it."""
+    def write_payload(self, folder: Path, spares: Spares | None = None) -> None:
+        """Make a new folder and write the payload and its index into it.
+
+        Args:
+            folder: Must not exist.
+            spares: Files that may be written over.
+        """
         folder.mkdir(mode=0o700)
-        specs, tensors = self._side_payloads()
-        index = self._write_payload(folder / PAYLOAD, tensors)
+        self._specs, tensors = self._side_payloads()
+        writer = IndexWriter(folder / PAYLOAD, spares, self.blocks.nbytes)
+        try:
+            for part in self.blocks.parts:
+                writer.write(part)
+            for tensor in tensors:
+                writer.write(view_bytes(tensor))
+            index = writer.finish(self.manifest)
+        except BaseException:
+            writer.abort()
+            raise
+        (folder / INDEX).write_bytes(index.encoded)
+        self._index = index.digest
+
+    def write_header(self, folder: Path) -> None:
+        """Write the rest beside the payload: header and next state. The link syncs the folder."""
         if self.state is not None:
             about: dict[str, str | int] = {
                 "run": self.plan.run,
@@ -134,10 +164,10 @@ class Contribution:
             kind=self.plan.kind,
             base=self.plan.base,
             manifest=self.manifest,
-            index=index.digest,
+            index=self._index,
             codec=self.blocks.codec,
             blocks=self.blocks.sizes,
-            payloads=specs,
+            payloads=self._specs,
             examples=self.examples,
             steps=self.steps,
             epochs=self.epochs,
@@ -146,8 +176,7 @@ class Contribution:
             task_digest=self.task_digest,
             packages=self.packages,
         )
-        write_durably(folder / INDEX, index.encoded, 0o600)
-        write_durably(folder / HEADER, header.encode(), 0o600)
+        (folder / HEADER).write_bytes(header.encode())
 
     def _side_payloads(self) -> tuple[tuple[PayloadSpec, ...], list[Tensor]]:
         specs, tensors = [], []
@@ -163,15 +192,3 @@ class Contribution:
             )
             tensors.append(tensor)
         return tuple(specs), tensors
-
-    def _write_payload(self, path: Path, tensors: list[Tensor]) -> Index:
-        writer = IndexWriter(path)
-        try:
-            for part in self.blocks.parts:
-                writer.write(part)
-            for tensor in tensors:
-                writer.write(view_bytes(tensor))
-            return writer.finish(self.manifest)
-        except BaseException:
-            writer.abort()
-            raise

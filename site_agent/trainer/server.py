@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from protos.errors import TaskFailed
+from protos.spares import Spares
 from site_agent.pipe import (
     CancelJob,
     Cancelled,
@@ -110,6 +111,7 @@ class Server:
             base=Path(order.base) if order.base else None,
             state=Path(order.state) if order.state else None,
             out=Path(order.out),
+            spares=Spares(Path(order.spares), 0) if order.spares else None,
         )
         exchange.perform()
         self._cancelled.pop(order.job, None)

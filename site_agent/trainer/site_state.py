@@ -5,7 +5,6 @@ One folder of safetensors files beside the contribution that made it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from protos.chunks import sync_folder, write_durably
 from protos.digest import canonical
 from strategies.stack import State
 
@@ -48,7 +46,7 @@ class SiteState:
         return state
 
     def write(self, folder: Path, about: Mapping[str, str | int]) -> None:
-        """Write it into a new folder, durably.
+        """Write it into a new folder; whoever names it for good syncs it first.
 
         Args:
             folder: Must not exist.
@@ -60,15 +58,9 @@ class SiteState:
         for name, tensors in parts.items():
             if tensors:
                 _save(folder / f"{name}.safetensors", tensors)
-        write_durably(folder / "state.json", canonical(dict(about)), 0o600)
-        sync_folder(folder)
+        (folder / "state.json").write_bytes(canonical(dict(about)))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Clones: safetensors refuses views and tensors that share memory.
     save_file({k: torch.clone(v.detach().cpu().contiguous()) for k, v in tensors.items()}, path)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

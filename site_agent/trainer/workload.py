@@ -15,7 +15,7 @@ from protos.digest import canonical, digest
 from protos.errors import DataCorrupt, ManifestInvalid
 from protos.manifest import Index, Manifest
 from protos.plan import Plan
-from protos.tensors import iterate_bytes, map_file
+from protos.tensors import ArtefactFile, iterate_bytes, map_file
 from site_agent.pipe import Prepare
 from site_agent.task_source import TaskSource
 from site_agent.trainer.artefact import index_of
@@ -158,8 +158,8 @@ class Workload:
 
     # -- what comes from elsewhere --------------------------------------------------------------
 
-    def read_base(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a fetched base, mapped.
+    def read_base(self, path: Path) -> ArtefactFile:
+        """A fetched base.
 
         Raises:
             ManifestInvalid: It is not a base of this model; names the first tensor that differs.
@@ -167,7 +167,18 @@ class Workload:
         manifest = Manifest.decode(path.with_suffix(".manifest").read_bytes())
         if manifest.digest != self.shared.digest:
             raise ManifestInvalid(self._difference(manifest), site=self.site)
-        return map_file(path, manifest)
+        return ArtefactFile(path, manifest)
+
+    def fill(self, base: ArtefactFile) -> None:
+        """Read a base of this model straight into the model's own memory, where that can be."""
+        state = self.state()
+        with torch.no_grad():
+            for spec in base.manifest:
+                target = state[spec.name].detach()
+                if target.device.type == "cpu" and target.is_contiguous():
+                    base.read_into(spec.name, 0, target)
+                else:
+                    target.copy_(base[spec.name])
 
     def _difference(self, theirs: Manifest) -> str:
         start = f"site {self.site}: the model of this site's task is not the one of the base: "

@@ -23,7 +23,6 @@ from protos import chunks as chunks_module
 from protos.chunks import (
     ChunkFile,
     IndexWriter,
-    missing_chunks,
     ranges,
     read_chunks,
     write_durably,
@@ -31,6 +30,7 @@ from protos.chunks import (
 from protos.digest import digest
 from protos.errors import DataCorrupt, ManifestInvalid
 from protos.manifest import CHUNK_BYTES, Index
+from protos.spares import Spares
 
 MANIFEST = "0" * 64
 TAIL = 1000
@@ -137,9 +137,11 @@ class Receiving(RuleBasedStateMachine):
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
         self.path = self.root / "payload"
+        self.part = self.root / "payload.part"
         self.record = self.root / "payload.have"
         self.written: set[int] = set()
         self.safe: set[int] = set()
+        self.others = 0
 
     @initialize()
     def begin(self) -> None:
@@ -176,7 +178,7 @@ class Receiving(RuleBasedStateMachine):
 
     @rule()
     def sync(self) -> None:
-        self.file.sync()
+        self.file.save()
         self.safe = set(self.written)
 
     @rule()
@@ -185,24 +187,43 @@ class Receiving(RuleBasedStateMachine):
         self.safe = set(self.written)
         self.file = ChunkFile(self.path, INDEX)
 
+    def revive(self) -> None:
+        """Open again; what a dead process wrote in ascending order behind its record is found."""
+        before = self.written
+        self.file = ChunkFile(self.path, INDEX)
+        self.written = {
+            i for i in range(CHUNKS) if not any(a <= i < b for a, b in self.file.missing())
+        }
+        assert self.safe <= self.written <= before
+        found = set(self.safe)
+        for number in range(CHUNKS):
+            if number not in before:
+                break
+            found.add(number)
+        assert found <= self.written
+
     @rule()
     def kill(self) -> None:
-        """The process dies: what the disk holds is copied as it is, the record may lag behind."""
-        copies = {p: p.read_bytes() for p in (self.path, self.record)}
+        """The process dies: what the disk holds is as it was, the record may lag behind."""
+        record = self.record.read_bytes() if self.record.exists() else None
         self.file.close()
-        for path, data in copies.items():
-            path.write_bytes(data)
-        self.written = set(self.safe)
-        self.file = ChunkFile(self.path, INDEX)
+        if record is None:
+            self.record.unlink(missing_ok=True)
+        else:
+            self.record.write_bytes(record)
+        self.revive()
 
     @precondition(lambda self: self.written - self.safe)
     @rule()
     def power_cut(self) -> None:
         """As `kill`, and bytes that were never synced are gone."""
-        record = self.record.read_bytes()
+        record = self.record.read_bytes() if self.record.exists() else None
         self.file.close()
-        self.record.write_bytes(record)
-        with self.path.open("r+b") as file:
+        if record is None:
+            self.record.unlink(missing_ok=True)
+        else:
+            self.record.write_bytes(record)
+        with self.part.open("r+b") as file:
             for number in self.written - self.safe:
                 file.seek(INDEX.span(number)[0])
                 file.write(bytes(len(PIECES[number])))
@@ -213,19 +234,33 @@ class Receiving(RuleBasedStateMachine):
     def discarded_halfway(self) -> None:
         """The file is gone, the record is still there (or was restored)."""
         self.file.close()
-        self.path.unlink()
+        self.part.unlink()
         self.written, self.safe = set(), set()
         self.file = ChunkFile(self.path, INDEX)
 
     @rule()
     def another_contribution(self) -> None:
         self.file.close()
-        other = index_of(content(3 * CHUNK_BYTES + TAIL, seed=1))
-        assert other.nbytes == INDEX.nbytes
+        self.others += 1
+        theirs = content(INDEX.nbytes, seed=self.others)
+        other = index_of(theirs)
         with ChunkFile(self.path, other) as file:
             assert file.missing() == [(0, CHUNKS)]
+            for number in range(CHUNKS):
+                file.write(number, theirs[slice(*other.span(number))])
         self.written, self.safe = set(), set()
         self.file = ChunkFile(self.path, INDEX)
+
+    @rule()
+    def written_over_a_spare(self) -> None:
+        self.file.discard()
+        spares = Spares(self.root / "spare", 1)
+        (self.root / "old").write_bytes(content(INDEX.nbytes + 5, seed=1000))
+        spares.give(self.root / "old")
+        self.written, self.safe = set(), set()
+        self.file = ChunkFile(self.path, INDEX, spares)
+        assert self.part.stat().st_size == INDEX.nbytes
+        assert spares.clear() == 0
 
     @precondition(lambda self: len(self.written) < CHUNKS)
     @rule()
@@ -254,7 +289,8 @@ class Receiving(RuleBasedStateMachine):
         assert self.safe <= here <= self.written
         assert self.file.complete == (len(here) == CHUNKS)
         assert self.file.received_bytes == sum(len(PIECES[i]) for i in here)
-        data = self.path.read_bytes()
+        data = self.part.read_bytes()
+        assert not self.path.exists()
         assert all(data[slice(*INDEX.span(i))] == PIECES[i] for i in here)
 
     def teardown(self) -> None:
@@ -278,32 +314,29 @@ def test_any_order_and_duplicates(order: list[int], tmp_path: Path) -> None:
 
 
 def test_an_old_record_never_vouches_for_a_new_file(tmp_path: Path) -> None:
-    """Killed between making the file and writing its record: nothing of it is here."""
-    path, record = tmp_path / "x", tmp_path / "x.have"
+    path, part, record = tmp_path / "x", tmp_path / "x.part", tmp_path / "x.have"
     with ChunkFile(path, INDEX) as file:
         for number, piece in enumerate(PIECES):
             file.write(number, piece)
-    complete = record.read_bytes()
-    path.unlink()
-    order = []
-    real = ChunkFile._save
-
-    def killed(self: ChunkFile) -> None:
-        order.append(record.exists())
-        raise KeyboardInterrupt
-
-    ChunkFile._save = killed  # type: ignore[method-assign]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            ChunkFile(path, INDEX)
-    finally:
-        ChunkFile._save = real  # type: ignore[method-assign]
-    assert order == [False]
-    assert path.stat().st_size == INDEX.nbytes
+    assert record.exists()
+    part.unlink()
+    file = ChunkFile(path, INDEX)
     assert not record.exists()
+    assert file.missing() == [(0, CHUNKS)]
+    part.write_bytes(bytes(INDEX.nbytes))  # killed here; the file was made, nothing was written
     with ChunkFile(path, INDEX) as file:
         assert file.missing() == [(0, CHUNKS)]
-    assert len(record.read_bytes()) == len(complete)
+
+
+def test_the_name_comes_with_the_last_chunk(tmp_path: Path) -> None:
+    file = ChunkFile(tmp_path / "x", INDEX)
+    for number, piece in enumerate(PIECES):
+        assert not (tmp_path / "x").exists()
+        file.write(number, piece)
+    with pytest.raises(DataCorrupt, match="are missing"):
+        ChunkFile(tmp_path / "y", INDEX).finish()
+    file.finish()
+    assert (tmp_path / "x").read_bytes() == DATA
 
 
 def test_discarding_forgets_the_record_before_the_file(
@@ -320,7 +353,7 @@ def test_discarding_forgets_the_record_before_the_file(
 
     monkeypatch.setattr(Path, "unlink", unlink)
     file.discard()
-    assert gone == ["x.have", "x"]
+    assert gone == ["x.have", "x.part"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -342,44 +375,33 @@ def test_bytes_are_durable_before_the_record_of_them(
 
     monkeypatch.setattr(os, "fdatasync", synced)
     monkeypatch.setattr(chunks_module, "write_durably", written)
-    file.sync()
+    file.save()
+    file.write(1, PIECES[1])
     file.close()
     assert done == ["bytes", "record"] * 2
-
-
-def test_what_is_missing_is_seen_without_touching_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    assert missing_chunks(path, INDEX) == [(0, CHUNKS)]
-    assert list(tmp_path.iterdir()) == []
-    with ChunkFile(path, INDEX) as file:
-        file.write(1, PIECES[1])
-        file.sync()
-        assert missing_chunks(path, INDEX) == file.missing() == [(0, 1), (2, 4)]
-    other = index_of(content(3 * CHUNK_BYTES + TAIL, seed=1))
-    assert missing_chunks(path, other) == [(0, CHUNKS)]
-    path.unlink()
-    assert missing_chunks(path, INDEX) == [(0, CHUNKS)]
 
 
 def test_record_is_damaged(tmp_path: Path) -> None:
     with ChunkFile(tmp_path / "x", INDEX) as file:
         file.write(0, PIECES[0])
     record = tmp_path / "x.have"
-    for data in (b"", record.read_bytes()[:-1], record.read_bytes() + b"\1", b"\1" * 68):
+    whole = record.read_bytes()
+    for data in (b"", whole[:-1], whole + b"\1", b"\1" * 68):
         record.write_bytes(data)
         with ChunkFile(tmp_path / "x", INDEX) as file:
-            assert file.missing() == [(0, CHUNKS)]
+            assert file.missing() == [(1, CHUNKS)]  # what is there is known by its digest
 
 
 def test_a_long_transfer_is_made_durable_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protos.chunks.FLUSH_CHUNKS", 2)
+    monkeypatch.setattr("protos.chunks.SAVE_CHUNKS", 2)
+    record = tmp_path / "x.have"
     file = ChunkFile(tmp_path / "x", INDEX)
     known = []
     for number in range(3):
         file.write(number, PIECES[number])
-        known.append(sum((tmp_path / "x.have").read_bytes()[64:]))
+        known.append(sum(record.read_bytes()[64:]) if record.exists() else 0)
     file.close()
     assert known == [0, 2, 2]
 

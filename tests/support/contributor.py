@@ -9,6 +9,7 @@ import grpc
 from torch import Tensor
 
 from orchestrator.doorkeeper import Caller
+from protos.bulk import Incoming, deserializer
 from protos.contribution import Header, Merge, PayloadSpec
 from protos.digest import digest
 from protos.identity import Key, certificate_pem, sign_header
@@ -134,3 +135,11 @@ def messages(
     yield site_pb2.ContributeRequest(head=head)
     for chunk in parts:
         yield site_pb2.ContributeRequest(chunk=chunk)
+
+
+def arrived(
+    head: site_pb2.ContributionHead, parts: Iterator[common_pb2.Chunk]
+) -> Iterator[Incoming]:
+    """The same as the service gets them."""
+    read = deserializer(site_pb2.ContributeRequest)
+    return (read(message.SerializeToString()) for message in messages(head, parts))

@@ -17,6 +17,7 @@ from orchestrator.ledger import RoundRow
 from orchestrator.rounds.plan import plan_row
 from orchestrator.site_service import BulkService
 from orchestrator.views import WorkState
+from protos.bulk import Chunk, Incoming
 from protos.contribution import Header
 from protos.digest import digest
 from protos.errors import (
@@ -36,7 +37,7 @@ from protos.v1 import common_pb2, site_pb2
 from strategies import registry
 from tests.support import strategies_for_tests
 from tests.support.authority import Authority
-from tests.support.contributor import Call, Contributor, chunks, messages
+from tests.support.contributor import Call, Contributor, arrived, chunks
 from tests.support.workbench import Workbench, of_spec
 
 COUNTED, LATE, REFUSED = (
@@ -142,7 +143,7 @@ class Hall:
     def send(
         self, head: site_pb2.ContributionHead, data: bytes, by: Contributor | None = None
     ) -> common_pb2.Answer:
-        return self.service.Contribute(messages(head, chunks(data)), (by or self.north).call)
+        return self.service.Contribute(arrived(head, chunks(data)), (by or self.north).call)
 
     def status(self, plan: Plan, by: Contributor | None = None) -> site_pb2.StatusReply:
         request = site_pb2.StatusRequest(plan_id=plan.id)
@@ -241,7 +242,7 @@ def test_an_interrupted_transfer_goes_on_where_it_was(hall: Hall) -> None:
     head = hall.north.head(plan, data, MANIFEST.digest)
     assert not hall.status(plan).known
     with pytest.raises(InvalidInput, match="1 chunks are missing"):
-        hall.service.Contribute(messages(head, chunks(data, [1])), hall.north.call)
+        hall.service.Contribute(arrived(head, chunks(data, [1])), hall.north.call)
     status = hall.status(plan)
     assert status.known
     assert [(r.first, r.end) for r in status.missing] == [(0, 1)]
@@ -255,7 +256,7 @@ def test_an_interrupted_transfer_goes_on_where_it_was(hall: Hall) -> None:
         hall.bench.ledger, hall.bench.store, Doorkeeper(hall.bench.ledger, "f-hall"),
         later.intake, hall.heard,
     )  # fmt: skip
-    answer = later.service.Contribute(messages(head, chunks(data, [0])), hall.north.call)
+    answer = later.service.Contribute(arrived(head, chunks(data, [0])), hall.north.call)
     assert answer.verdict == COUNTED
     assert hall.bench.bytes_of(hall.bench.ledger.contribution(answer.contribution).index) == data
 
@@ -264,8 +265,8 @@ def test_a_stream_that_breaks_leaves_what_came(hall: Hall) -> None:
     plan, data = hall.open(), hall.data()
     head = hall.north.head(plan, data, MANIFEST.digest)
 
-    def breaks() -> Iterator[site_pb2.ContributeRequest]:
-        yield from messages(head, chunks(data, [0]))
+    def breaks() -> Iterator[Incoming]:
+        yield from arrived(head, chunks(data, [0]))
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
@@ -277,8 +278,8 @@ def test_status_while_a_stream_writes_disturbs_nothing(hall: Hall) -> None:
     plan, data = hall.open(), hall.data()
     head = hall.north.head(plan, data, MANIFEST.digest)
 
-    def asks() -> Iterator[site_pb2.ContributeRequest]:
-        for message in messages(head, chunks(data)):
+    def asks() -> Iterator[Incoming]:
+        for message in arrived(head, chunks(data)):
             yield message
             assert hall.status(plan).known
 
@@ -530,7 +531,7 @@ def test_documents_that_can_not_be_read_are_refused(hall: Hall, what: str) -> No
 
 def test_a_stream_begins_with_its_head(hall: Hall) -> None:
     hall.open()
-    for stream in ([], [site_pb2.ContributeRequest(chunk=common_pb2.Chunk(number=0))]):
+    for stream in ([], [Chunk(0, memoryview(b""))]):
         with pytest.raises(InvalidInput, match="first message must be the head"):
             hall.service.Contribute(iter(stream), hall.north.call)
 
@@ -685,8 +686,13 @@ def test_an_assessment_is_sums_alone(hall: Hall) -> None:
 
 
 def fetch(hall: Hall, name: str, call: Call, ranges: Any = ()) -> list[site_pb2.FetchReply]:
+    """What any reader of the .proto file makes of the bytes on the wire."""
     missing = [common_pb2.ChunkRange(first=a, end=b) for a, b in ranges]
-    return list(hall.service.FetchModel(site_pb2.FetchRequest(digest=name, missing=missing), call))
+    replies = hall.service.FetchModel(site_pb2.FetchRequest(digest=name, missing=missing), call)
+    return [
+        site_pb2.FetchReply.FromString(r if isinstance(r, bytes) else r.SerializeToString())
+        for r in replies
+    ]
 
 
 def test_a_site_fetches_the_base_of_its_open_plan_and_nothing_else(hall: Hall) -> None:
@@ -734,7 +740,7 @@ def test_strangers_get_nothing(hall: Hall, call: Call) -> None:
     head = hall.north.head(plan, data, MANIFEST.digest)
     for attempt in (
         lambda: fetch(hall, hall.base, call),
-        lambda: hall.service.Contribute(messages(head, chunks(data)), call),
+        lambda: hall.service.Contribute(arrived(head, chunks(data)), call),
         lambda: hall.service.ContributionStatus(site_pb2.StatusRequest(plan_id=plan.id), call),
     ):
         with pytest.raises(NotEnrolled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from protos.contribution import Header
 from protos.digest import digest
 from protos.errors import DataCorrupt
 from protos.identity import new_key
+from protos.spares import Spares
 from site_agent.home import Home, HomeLock
 from site_agent.link import outbox as outbox_module
 from site_agent.link.outbox import Outbox
@@ -60,7 +62,7 @@ class PowerCut(Exception):
     pass
 
 
-STEPS = ("write_durably", "write_durably", "sync_folder", "rename")
+STEPS = ("sync_tree", "rename")
 
 
 @pytest.mark.parametrize("after", range(len(STEPS)))
@@ -81,7 +83,7 @@ def test_a_power_cut_before_the_rename_leaves_nothing(
 
         return call
 
-    for name in {"write_durably", "sync_folder"}:
+    for name in ("sync_tree", "sync_folder"):
         monkeypatch.setattr(outbox_module, name, counted(getattr(outbox_module, name)))
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     with pytest.raises(PowerCut):
@@ -118,13 +120,48 @@ def test_a_cut_between_the_answer_and_the_payload_is_an_answer(
     def cut(*_: object, **__: object) -> None:
         raise PowerCut
 
-    monkeypatch.setattr(Path, "unlink", cut)
+    monkeypatch.setattr(Spares, "give", cut)
     with pytest.raises(PowerCut):
         box.answer(entry, "counted", "")
     monkeypatch.undo()
     again = Outbox(home)
     assert again.waiting() == []
     assert again.state(entry.digest, "r") is not None
+
+
+def test_what_is_admitted_was_synced_whole(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        real(fd)
+
+    box = Outbox(home)
+    made, header = make(home)
+    monkeypatch.setattr(os, "fsync", fsync)
+    entry = box.admit(made, header, KEY)
+    files = {path.name for path in entry.folder.rglob("*")}
+    assert {"payload", "index.json", "header.json", "signature", "state"} <= files
+    assert files | {made.name, "contributions"} <= set(synced)
+
+
+def test_an_answered_payload_is_written_over_by_the_next(home: Home) -> None:
+    box = Outbox(home)
+    made, header = make(home)
+    entry = box.admit(made, header, KEY)
+    node = entry.payload.stat().st_ino
+    box.answer(entry, "counted", "")
+    assert home.spares().take(home.root / "next", 1)
+    assert (home.root / "next").stat().st_ino == node
+
+
+def test_a_run_that_is_forgotten_leaves_no_spare(home: Home) -> None:
+    box = Outbox(home)
+    made, header = make(home)
+    box.answer(box.admit(made, header, KEY), "counted", "")
+    box.forget_run("r")
+    assert not home.spares().take(home.root / "next", 1)
 
 
 def test_what_has_no_state_goes_with_its_answer(home: Home) -> None:

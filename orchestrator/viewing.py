@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.board import Board
@@ -25,6 +27,8 @@ class Viewing:
 
     def __init__(self, ledger: Ledger, board: Board, sessions: Sessions) -> None:
         self._ledger, self._board, self._sessions = ledger, board, sessions
+        self._reading = threading.Lock()
+        self._past: dict[str, list[RoundRow]] = {}
 
     # -- sites ------------------------------------------------------------------------------------
 
@@ -133,7 +137,7 @@ class Viewing:
     def run_of(self, row: RunRow) -> Run:
         """A run's row as a view."""
         config = RunConfig.from_resolved(row.config)
-        history = [r for r in self._ledger.history(row.id) if r.round > 0]
+        history = self._history(row.id)
         last = history[-1] if history else None
         best = best_round(history)
         live = self._board.key[0] == row.id and self._board.key[1] > 0 and row.state == "running"
@@ -170,6 +174,17 @@ class Viewing:
             config=row.config,
             model=row.model,
         )
+
+    def _history(self, run: str) -> list[RoundRow]:
+        """The committed rounds from 1 on, without what only the rounds' own views show.
+
+        What is committed stays, so each is read once: this is asked after every round.
+        """
+        with self._reading:
+            past = self._past.setdefault(run, [])
+            newest = past[-1].round if past else 0
+            past += [_outline(row) for row in self._ledger.history(run, after=newest)]
+            return list(past)
 
     def _asked(self, config: RunConfig) -> tuple[str, ...]:
         if config.cohort.sites != "all":
@@ -228,6 +243,15 @@ class Viewing:
         if not last.summary.get("assessed", False) and last.summary.get("unassessed"):
             return f"Round {last.round} is unassessed: too few sites evaluated it"
         return ""
+
+
+def _outline(row: RoundRow) -> RoundRow:
+    kept = (
+        *("assessed", "counted", "finished", "missing", "plugins", "scores", "unassessed"),
+        "wire_bytes",
+    )
+    summary = {name: row.summary[name] for name in kept if name in row.summary}
+    return replace(row, draft={}, memos={}, summary=summary)
 
 
 def best_round(history: list[RoundRow]) -> RoundRow | None:

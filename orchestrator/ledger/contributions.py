@@ -27,6 +27,11 @@ CONTRIBUTIONS, PLANS, ROUNDS = tables.contributions, tables.plans, tables.rounds
 
 _FIND = sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == sa.bindparam("the_digest"))
 _INSERT = sa.insert(CONTRIBUTIONS)
+_COUNTED = (
+    sa.select(CONTRIBUTIONS)
+    .join(PLANS, PLANS.c.contribution == CONTRIBUTIONS.c.digest)
+    .where(*(PLANS.c[name] == sa.bindparam(f"the_{name}") for name in ("run", "round", "attempt")))
+)
 
 
 class Contributions(Plans):
@@ -95,13 +100,12 @@ class Contributions(Plans):
         self, run: str, round: int, attempt: int, kind: PlanKind | None = None
     ) -> list[ContributionRow]:
         """The contributions that count for an attempt, by site; carried ones included."""
-        where = of_attempt(PLANS, run, round, attempt)
-        if kind is not None:
-            where &= PLANS.c.kind == kind
-        query = sa.select(CONTRIBUTIONS).join(PLANS, PLANS.c.contribution == CONTRIBUTIONS.c.digest)
+        key = {"the_run": run, "the_round": round, "the_attempt": attempt}
         with self._reading() as db:
-            rows = [ContributionRow(*row) for row in db.execute(query.where(where))]
-        return sorted(rows, key=lambda row: (row.kind, row.site))
+            rows = [ContributionRow(*row) for row in db.execute(_COUNTED, key)]
+        return sorted(
+            (row for row in rows if kind in (None, row.kind)), key=lambda row: (row.kind, row.site)
+        )
 
     def only_of_round(self, run: str, round: int) -> list[str]:
         """Artefacts of the contributions to a round, whatever came of them, that no other round has."""

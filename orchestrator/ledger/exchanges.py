@@ -20,13 +20,14 @@ from protos.errors import Conflict, InvalidInput
 
 EXCHANGES, ROUNDS = tables.exchanges, tables.rounds
 
-_END_ALL = (
-    sa.update(EXCHANGES)
-    .where(*(EXCHANGES.c[n] == sa.bindparam(f"the_{n}") for n in ("run", "round", "attempt")))
-    .where(EXCHANGES.c.closed.is_(None))
-    .values(closed=sa.bindparam("now"))
+_INSERT = sa.insert(EXCHANGES)
+_OF_ATTEMPT = sa.update(EXCHANGES).where(
+    *(EXCHANGES.c[name] == sa.bindparam(f"the_{name}") for name in ("run", "round", "attempt"))
 )
-_END = _END_ALL.where(EXCHANGES.c.kind == sa.bindparam("the_kind"))
+_OF_KIND = EXCHANGES.c.kind == sa.bindparam("the_kind")
+_REOPEN = _OF_ATTEMPT.where(_OF_KIND).values(closed=None)
+_END_ALL = _OF_ATTEMPT.where(EXCHANGES.c.closed.is_(None)).values(closed=sa.bindparam("now"))
+_END = _END_ALL.where(_OF_KIND)
 
 
 class Exchanges(Database):
@@ -93,14 +94,11 @@ def begin(
 ) -> None:
     """Open an exchange, again if need be, and write its plans."""
     if not lock_exchange(db, run, round, attempt, kind):
-        known = of_attempt(EXCHANGES, run, round, attempt) & (EXCHANGES.c.kind == kind)
-        done = db.execute(sa.update(EXCHANGES).where(known).values(closed=None))
+        known = {"the_run": run, "the_round": round, "the_attempt": attempt, "the_kind": kind}
+        done = db.execute(_REOPEN, known)
         if not done.rowcount:
-            db.execute(
-                sa.insert(EXCHANGES).values(
-                    run=run, round=round, attempt=attempt, kind=kind, opened=now
-                )
-            )
+            key = {"run": run, "round": round, "attempt": attempt, "kind": kind}
+            db.execute(_INSERT, {**key, "opened": now})
             put_new_plans(db, plans)
             return
     for plan in plans:

@@ -50,8 +50,7 @@ class Plans(Database):
     def plans(self, run: str, round: int, attempt: int) -> list[PlanRow]:
         """All plans of an attempt with their answers, by kind and site."""
         with self._reading() as db:
-            found = select_plans(db, of_attempt(PLANS, run, round, attempt))
-        return sorted(found, key=lambda plan: (plan.kind, plan.site))
+            return plans_of(db, run, round, attempt)
 
     def open_plans(self, site: str) -> list[PlanRow]:
         """What a site still has to do: plans of open exchanges without an answer, oldest first."""
@@ -119,12 +118,20 @@ def _in_order(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return sa.select(PLANS).where(*where).order_by(*order)
 
 
+_OF_ATTEMPT = sa.select(PLANS).where(_same(PLANS, "run", "round", "attempt"))
 _OPEN = _in_order(is_open(), _same(PLANS, "site"), PLANS.c.answer == "")
 
 
 def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[PlanRow]:
     """Plans, oldest first."""
     return [_plan(row) for row in db.execute(_in_order(*where))]
+
+
+def plans_of(db: sa.Connection, run: str, round: int, attempt: int) -> list[PlanRow]:
+    """All plans of an attempt, by kind and site."""
+    key = {"the_run": run, "the_round": round, "the_attempt": attempt}
+    found = [_plan(row) for row in db.execute(_OF_ATTEMPT, key)]
+    return sorted(found, key=lambda plan: (plan.kind, plan.site))
 
 
 def find_plan(db: sa.Connection, plan_id: str, site: str, lock: bool = False) -> PlanRow | None:

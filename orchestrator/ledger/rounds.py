@@ -11,18 +11,23 @@ import sqlalchemy as sa
 from orchestrator.ledger import chain, tables
 from orchestrator.ledger.database import plain, to_json
 from orchestrator.ledger.exchanges import Exchanges, begin, end
-from orchestrator.ledger.plans import of_attempt, plan_digests, select_plans
+from orchestrator.ledger.plans import of_attempt, plan_digests, plans_of
 from orchestrator.ledger.rows import PlanRow, RoundRow
 from orchestrator.ledger.runs import find
 from orchestrator.views import RoundState
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
 
-ROUNDS, RUNS, PLANS = tables.rounds, tables.runs, tables.plans
+ROUNDS, RUNS = tables.rounds, tables.runs
 
 _IN_ORDER = sa.select(ROUNDS).order_by(ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
 _NUMBERED = _IN_ORDER.where(
     ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == sa.bindparam("the_round")
+)
+_COMMITTED = _IN_ORDER.where(
+    ROUNDS.c.run == sa.bindparam("the_run"),
+    ROUNDS.c.state == "committed",
+    ROUNDS.c.round > sa.bindparam("the_round"),
 )
 _NEWEST = (
     sa.select(ROUNDS)
@@ -30,6 +35,10 @@ _NEWEST = (
     .order_by(ROUNDS.c.round.desc())
     .limit(1)
 )
+_INSERT = sa.insert(ROUNDS)
+
+CLOSED_IN = ("train", "init")
+"""Kinds of contributions that a round is made of; there is one of them in an attempt."""
 
 UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
 
@@ -71,7 +80,7 @@ class Rounds(Exchanges):
             values = {name: getattr(row, name) for name in RoundRow.__slots__}
             for name in ("draft", "closed_set", "memos", "summary"):
                 values[name] = to_json(values[name])
-            db.execute(sa.insert(ROUNDS).values({**values, "reason": plain(row.reason)}))
+            db.execute(_INSERT, {**values, "reason": plain(row.reason)})
             for kind in sorted({plan.kind for plan in plans}):
                 mine = [plan for plan in plans if plan.kind == kind]
                 begin(db, row.run, row.round, row.attempt, kind, mine, now)
@@ -122,13 +131,8 @@ class Rounds(Exchanges):
         with self._writing() as db:
             row = _row(db, run, round, attempt)
             end(db, run, round, attempt, now)  # first: from here on the counted ones are fixed
-            plans = select_plans(
-                db,
-                of_attempt(PLANS, run, round, attempt),
-                PLANS.c.kind.in_(["train", "init"]),
-                PLANS.c.contribution.is_not(None),
-            )
-            counted = [plan.contribution for plan in sorted(plans, key=lambda plan: plan.site)]
+            plans = plans_of(db, run, round, attempt)
+            counted = [p.contribution for p in plans if p.kind in CLOSED_IN and p.contribution]
             chosen = counted if closed_set is None else [c for c in counted if c in closed_set]
             if closed_set is not None and set(chosen) != set(closed_set):
                 other = min(set(closed_set) - set(chosen))
@@ -223,10 +227,11 @@ class Rounds(Exchanges):
         with self._reading() as db:
             return _row(db, find(db, run).id, number, attempt)
 
-    def history(self, run: str) -> list[RoundRow]:
-        """The committed rounds of a run in order."""
+    def history(self, run: str, after: int = -1) -> list[RoundRow]:
+        """The committed rounds of a run in order, those after a number."""
         with self._reading() as db:
-            return _rows(db, ROUNDS.c.run == find(db, run).id, ROUNDS.c.state == "committed")
+            key = {"the_run": find(db, run).id, "the_round": after}
+            return [_round(row) for row in db.execute(_COMMITTED, key)]
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""

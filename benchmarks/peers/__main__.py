@@ -101,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if asked.rounds < 2 or asked.sites < 2:
         parser.error("at least 2 rounds and 2 sites are needed")
-    # A plain end, so that every block that started processes ends them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # If memory runs out after all, the kernel shall take this first; children inherit it.
-    Path("/proc/self/oom_score_adj").write_text("1000")
     if asked.source is not None:
         results = Results.from_json(json.loads(asked.source.read_text()))
     else:
+        # A plain end, so that every block that started processes ends them.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # If memory runs out after all, the kernel shall take this first; children inherit it.
+        Path("/proc/self/oom_score_adj").write_text("1000")
         results = measure_all(asked.sites, asked.sizes, asked.rounds, asked.json)
     text = part(results)
     print(text)

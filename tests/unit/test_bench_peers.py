@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import __main__ as command
 from benchmarks.peers.case import TENSORS, Case, Figures
 from benchmarks.peers.ruler import beginnings
 from benchmarks.peers.table import BEGIN, END, OURS, Result, Results, part, replaced, shortfalls
@@ -129,6 +130,41 @@ def test_results_survive_their_file() -> None:
 def test_other_files_are_no_results(tables: dict[str, object]) -> None:
     with pytest.raises(InvalidInput, match="not results of this benchmark"):
         Results.from_json(tables)
+
+
+@pytest.mark.parametrize(("flare_cpu_s", "code"), [(6.0, 0), (5.8, 1)])
+def test_the_readme_can_be_written_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flare_cpu_s: float, code: int
+) -> None:
+    told = results(flare_cpu_s=flare_cpu_s)
+    file, readme = tmp_path / "peers.json", tmp_path / "README.md"
+    file.write_text(json.dumps(told.to_json()))
+    readme.write_text(f"# Top\n{BEGIN}\n{END}\n")
+    monkeypatch.setattr(command, "README", readme)
+    assert command.main(["--from", str(file)]) == code
+    assert readme.read_text() == f"# Top\n{BEGIN}\n{END}\n"
+    assert command.main(["--from", str(file), "--readme"]) == code
+    assert readme.read_text() == f"# Top\n{BEGIN}\n{part(told)}\n{END}\n"
+
+
+def test_what_is_there_is_in_the_file_though_a_system_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def works(case: Case) -> tuple[str, Figures]:
+        assert (case.sites, case.rounds) == (3, 2)
+        assert list(case.folder.iterdir()) == []
+        return "1.0", figures(2.0, 400)
+
+    def fails(case: Case) -> tuple[str, Figures]:
+        raise ComputeFailed("it did not start\nits log")
+
+    systems = {OURS: (works, tmp_path), "Flower": (fails, tmp_path)}
+    monkeypatch.setattr(command, "SYSTEMS", systems)
+    file = tmp_path / "peers.json"
+    told = command.measure_all(3, [400_000_000], 2, file)
+    assert told == Results.from_json(json.loads(file.read_text()))
+    assert [(r.version, r.error) for r in told.results] == [("1.0", ""), ("", "it did not start")]
+    assert "its log" in capsys.readouterr().err
 
 
 def test_only_what_is_between_the_marks_is_replaced() -> None:

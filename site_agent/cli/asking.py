@@ -27,6 +27,8 @@ def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
 def _print_status(found: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from site_agent.link.network import in_words
+
     state = "paused" if found["paused"] else "ready"
     where = f"attached to {found['orchestrator']}"
     if not found["attached"]:
@@ -37,6 +39,7 @@ def _print_status(found: dict[str, Any]) -> None:
         f"until {found['certificate_expires'][:10]}; received {nbytes(found['received_bytes'])}, "
         f"sent {nbytes(found['sent_bytes'])}"
     )
+    say(f"models and contributions: {in_words(found['network'])}")
     if found["plans"]:
         table = Table("plan", "state", "done", "of", "")
         for plan in found["plans"]:

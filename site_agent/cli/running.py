@@ -11,7 +11,10 @@ from site_agent.cli.options import HomeOption, JsonOption
 
 
 def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Be the agent: stay attached, train when asked, until Ctrl-C or SIGTERM."""
+    """Be the agent: stay attached, train when asked, until Ctrl-C or SIGTERM.
+
+    It takes up a changed site.toml by itself, on SIGHUP at once.
+    """
     from protos.distribution import check_distribution
     from site_agent.config import SiteConfig
     from site_agent.home import Home, HomeLock
@@ -25,6 +28,7 @@ def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
         agent = Agent(place, config, _print_json if as_json else _print_words)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: agent.stop())
+        signal.signal(signal.SIGHUP, lambda *_: agent.reread())
         agent.run()
 
 

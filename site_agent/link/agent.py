@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import threading
 import traceback
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,23 @@ from site_agent.link import enrolment
 from site_agent.link.disclosure import Disclosure
 from site_agent.link.doorbell import Doorbell
 from site_agent.link.fetcher import Fetcher
+from site_agent.link.hello import device_kind, hello_of
 from site_agent.link.journal import Journal
 from site_agent.link.keys import Keys
+from site_agent.link.line import Line
 from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.plans import Assignment, OpenPlans, told
 from site_agent.link.policy import Policy
 from site_agent.link.sender import Sender
-from site_agent.link.stream import PROTOCOL, Stream
+from site_agent.link.stream import Stream
 from site_agent.link.wire import Wire
 from site_agent.link.worker import Worker
 
 CERTIFICATE_CHECK_S = 60.0
 SHUTDOWN_S = 10.0
 
-
-def package_versions() -> dict[str, str]:
-    """Versions of what the site runs, without importing any of it."""
-    out = {"python": platform.python_version()}
-    for name in ("farflung", "torch", "numpy", "grpcio", "protobuf"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+MOVING = (site_pb2.Progress.FETCHING, site_pb2.Progress.SENDING)
+"""States in which a plan waits while no window is open."""
 
 
 class Agent:
@@ -71,7 +63,13 @@ class Agent:
         self._outbox = Outbox(home, config.site.keep_states)
         for name in self._outbox.damaged:
             self._journal.error("a damaged contribution is left aside", folder=name)
-        self._wire = Wire(lambda: self._keys, config.network.address, config.network.server_name)
+        self._line = Line(home, config, lambda: self._wire.address, self._journal)
+        self._wire = Wire(
+            lambda: self._keys,
+            config.network.address,
+            config.network.server_name,
+            self._line.target,
+        )
         self._fetcher = Fetcher(
             self._wire,
             home.cache,
@@ -103,6 +101,8 @@ class Agent:
             self._journal,
         )
         self._worker.pause(self._paused)
+        for mover in (self._fetcher, self._sender):
+            mover.allowed(self._line.network.is_open)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -117,6 +117,7 @@ class Agent:
                 ("sender", self._sender.run),
                 ("stream", self._stream.run),
                 ("doorbell", doorbell.run),
+                ("line", self._watch_line),
             )
         ]
         self._journal.info(
@@ -124,6 +125,7 @@ class Agent:
             orchestrator=self._wire.address,
             certificate_expires=self._keys.expires.isoformat(),
             waiting=len(self._outbox.waiting()),
+            **self._line.network.facts(),
         )
         for thread in threads:
             thread.start()
@@ -133,7 +135,7 @@ class Agent:
                     self._renew()
         finally:
             doorbell.close()
-            for part in (self._stream, self._worker, self._fetcher, self._sender):
+            for part in (self._stream, self._worker, self._line, self._fetcher, self._sender):
                 part.stop()
             for thread in threads:
                 thread.join(SHUTDOWN_S)
@@ -154,39 +156,40 @@ class Agent:
         """End; may be called from a signal handler."""
         self._stop.set()
 
+    def reread(self) -> None:
+        """Read site.toml again; may be called from a signal handler."""
+        self._line.reread()
+
+    def _watch_line(self) -> None:
+        def configured(config: SiteConfig) -> None:
+            self._policy.apply(config.policy)
+            self._disclosure.apply(config.policy)
+
+        def changed() -> None:
+            for assignment in self._plans.all():
+                if assignment.state in MOVING:
+                    self.moved(assignment, assignment.told())
+
+        self._line.run((self._fetcher, self._sender), configured, changed)
+
     # -- the orchestrator's messages ---------------------------------------------------------------
 
     def _hello(self) -> site_pb2.Hello:
-        tasks = [
-            site_pb2.TaskOffer(name=name, digest=source.digest)
-            for name, source in sorted(self._config.sources(self._home.root).items())
-        ]
         plans = [a.plan.id for a in self._plans.all()]
         plans += [p for e in self._outbox.waiting() for p in e.plans if p not in plans]
-        hello = site_pb2.Hello(
-            version=package_versions()["farflung"],
-            protocol=PROTOCOL,
-            packages=package_versions(),
-            tasks=tasks,
-            plans=plans,
-            paused=self._paused,
-            device=self._device(),
-        )
+        sources = self._config.sources(self._home.root)
+        hello = hello_of(sources, plans, self._paused, self._device())
         self._disclosure.sent(
             "hello",
             packages=dict(hello.packages),
-            tasks={t.name: t.digest for t in tasks},
+            tasks={task.name: task.digest for task in hello.tasks},
             plans=plans,
             device=hello.device,
         )
         return hello
 
     def _device(self) -> str:
-        """What is known without torch: what the trainer said, the configuration, the driver."""
-        known = self._worker.trainer_device or self._config.site.device
-        if known == "auto":
-            known = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-        return known.split(":", 1)[0]
+        return device_kind(self._worker.trainer_device or self._config.site.device)
 
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):
@@ -217,10 +220,10 @@ class Agent:
         finished = self._outbox.of_work(plan.work_digest)
         if finished is not None:
             self._journal.info("this work is finished already", plan=plan.id)
-            assignment.state = site_pb2.Progress.SENDING
             if plan.id not in finished.plans:
                 finished.plans.append(plan.id)
             self._plans.add(assignment)
+            self.moved(assignment, told(plan.id, site_pb2.Progress.SENDING))
             self._sender.nudge()
             return
         try:
@@ -264,9 +267,12 @@ class Agent:
 
     def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
         """A plan is in another state, or further."""
-        if progress.state != assignment.state:
+        if progress.state in MOVING:
+            progress.waits_until = self._line.network.opens
+        waits = progress.waits_until
+        if progress.state != assignment.state or waits != assignment.waits_until:
             self._disclosure.progress(progress)
-        assignment.state = progress.state
+        assignment.state, assignment.waits_until = progress.state, waits
         assignment.done, assignment.planned = progress.done, progress.planned
         assignment.unit = progress.unit
         self._stream.progress(progress)
@@ -361,6 +367,7 @@ class Agent:
             ],
             "received_bytes": self._fetcher.received_bytes,
             "sent_bytes": self._sender.sent_bytes,
+            "network": self._line.network.facts(),
         }
 
     def _pause(self, paused: bool) -> None:

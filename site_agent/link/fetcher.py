@@ -22,6 +22,9 @@ from site_agent.link.journal import Journal
 from site_agent.link.policy import Policy
 from site_agent.link.wire import Wire, backoff
 
+WANTED_S = 1.0
+"""While no window is open, it is looked this often whether the model is still wanted."""
+
 SPARE_BYTES = 64 << 20
 """Free space that a download leaves on the disk."""
 
@@ -70,6 +73,8 @@ class Fetcher:
         self._stop = threading.Event()
         self._channel: grpc.Channel | None = None
         self._lock = threading.Lock()
+        self._open = threading.Event()
+        self._open.set()
         self._in_use: list[str] = []
         self.received_bytes = 0
 
@@ -84,11 +89,19 @@ class Fetcher:
         self.reconnect()
 
     def reconnect(self) -> None:
-        """Use a new connection from now on (new keys, or an end)."""
+        """Use a new connection from now on (new keys, another cap, or an end)."""
         with self._lock:
             channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
+
+    def allowed(self, allowed: bool) -> None:
+        """Whether models may move now; one that is on its way stops, and goes on later."""
+        if allowed:
+            self._open.set()
+        else:
+            self._open.clear()
+            self.reconnect()
 
     def run(self) -> None:
         """Fetch until stopped."""
@@ -123,6 +136,9 @@ class Fetcher:
             while not self._download(want, path):
                 if self._stop.wait(next(waits)) or not want.wanted():
                     return None
+                while not self._open.wait(WANTED_S):
+                    if self._stop.is_set() or not want.wanted():
+                        return None
         path.touch()
         self._prune()
         return path
@@ -203,8 +219,10 @@ class Fetcher:
 
     def _stub(self) -> BulkStub:
         with self._lock:
+            if not self._open.is_set():
+                raise ValueError("no window is open")  # as if the connection had just been closed
             if self._channel is None:
-                self._channel = self._wire.open()
+                self._channel = self._wire.open_bulk()
             return BulkStub(self._channel)
 
     # -- cache -----------------------------------------------------------------------------------

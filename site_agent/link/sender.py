@@ -61,6 +61,7 @@ class Sender:
         self._condition = threading.Condition()
         self._stopped = False
         self._attached = False
+        self._may_move = True
         self._channel: grpc.Channel | None = None
         self._call: grpc.Call | None = None
         self._not_before: dict[str, float] = {}
@@ -84,8 +85,19 @@ class Sender:
                 self._waits.clear()
             self._condition.notify_all()
 
+    def allowed(self, allowed: bool) -> None:
+        """Whether contributions may move now; one that is on its way stops, and goes on later."""
+        with self._condition:
+            self._may_move = allowed
+            if allowed:
+                self._not_before.clear()
+                self._waits.clear()
+            self._condition.notify_all()
+        if not allowed:
+            self.reconnect()
+
     def reconnect(self) -> None:
-        """Use a new connection from now on (new keys, or an end)."""
+        """Use a new connection from now on (new keys, another cap, or an end)."""
         with self._condition:
             channel, self._channel = self._channel, None
         if channel is not None:
@@ -130,10 +142,11 @@ class Sender:
         """The next contribution or unclear plan whose time has come; None at the end."""
         with self._condition:
             while not self._stopped:
-                if self._unclear and self._attached:
+                may_send = self._attached and self._may_move
+                if self._unclear and may_send:
                     return self._unclear.pop(0)
                 now, soonest = monotonic(), None
-                for entry in self._outbox.waiting() if self._attached else ():
+                for entry in self._outbox.waiting() if may_send else ():
                     due = self._not_before.get(entry.digest, now)
                     if due <= now:
                         return entry
@@ -147,7 +160,7 @@ class Sender:
         try:
             stub = BulkStub(self._open())
             status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
-        except (grpc.RpcError, ValueError):
+        except (grpc.RpcError, ValueError, Unavailable):
             self.reconnect()
             self._ears.closed(plan_id)
             return
@@ -192,8 +205,10 @@ class Sender:
 
     def _open(self) -> grpc.Channel:
         with self._condition:
+            if not self._may_move:
+                raise Unavailable("no window of [network] in site.toml is open")
             if self._channel is None:
-                self._channel = self._wire.open()
+                self._channel = self._wire.open_bulk()
             return self._channel
 
     def _messages(

@@ -111,3 +111,42 @@ def codec(
     from orchestrator.bench.codec import run_codec
 
     run_codec(round(model_mb * 1e6), runs, json_file)
+
+
+@bench.command()
+def reduce(
+    rules: Annotated[
+        str, typer.Option("--rules", help="Names with commas: mean, trimmed_mean, median, fedavgm.")
+    ] = "",
+    sites: Annotated[str, typer.Option("--sites", help="Numbers of sites, with commas.")] = "4",
+    model_mb: Annotated[
+        str, typer.Option("--model-mb", help="Sizes of the model, 10^6 bytes, with commas.")
+    ] = "40",
+    engines: Annotated[
+        str, typer.Option("--engines", help="Who reduces: floor, in-process, ray:WORKERS.")
+    ] = "floor,in-process,ray:1,ray:2",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Of each; one more is not counted.")
+    ] = 3,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure the reduction: what sites sent to the next model, in the store.
+
+    Over Ray and in one process, and one thread that only reads, adds, writes and hashes as the
+    floor. Without --rules: the mean of 4 x 400 MB and of 4 x 40 KB, trimmed mean and median of
+    16 x 40 MB.
+
+    Example: `farflung bench reduce --rules mean,median --sites 4,16 --model-mb 100`
+    """
+    from orchestrator.bench.reduce import CASES, Case, run_reduce
+
+    cases = [
+        Case(rule, int(n), round(float(size) * 1e6))
+        for rule in filter(None, rules.split(","))
+        for n in sites.split(",")
+        for size in model_mb.split(",")
+    ]
+    run_reduce(cases or CASES, engines.split(","), repeats, json_file)

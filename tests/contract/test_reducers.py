@@ -571,6 +571,24 @@ def test_a_decoded_contribution_is_checked(
     assert found["norm"] is None if bad else found["norm"] == pytest.approx(math.sqrt(14))
 
 
+@pytest.mark.parametrize(
+    ("codec", "block", "why"),
+    [
+        ("int8", bytes(6), "6 bytes where 7 belong"),
+        ("int8", bytes(4) * 9, "36 bytes where 7 belong"),
+        ("top_k", bytes(4) + b"\3\0", "positions"),  # three values, and the fourth of them
+    ],
+)
+def test_blocks_that_are_none_are_refused_by_site_and_tensor(
+    bench: Workbench, codec: str, block: bytes, why: str
+) -> None:
+    manifest = Manifest((of_spec("w", (3,)),))
+    model = bench.put_model(manifest, {"w": torch.zeros(3)})
+    row = bench.contribution("north", manifest, {}, codec=codec, blocks={"w": [block]})
+    with pytest.raises(ContributionRefused, match=f"site north, tensor w, .*{codec}: .*{why}"):
+        reduced(bench, model, [row], [choice(codec)])
+
+
 # -- side payloads ----------------------------------------------------------------------------------
 
 

@@ -245,7 +245,7 @@ class Agent:
             return
         self._journal.info("plan cancelled", plan=plan_id, reason=reason)
         assignment.cancelled = True
-        self._plans.close(plan_id)
+        self.closed(plan_id)
         self._worker.cancel(plan_id)
 
     def _renew(self) -> None:
@@ -309,6 +309,7 @@ class Agent:
     def closed(self, plan_id: str) -> None:
         """A plan has its answer."""
         self._plans.close(plan_id)
+        self._stream.forget(plan_id)
 
     def unanswered(self, plan_id: str) -> None:
         """A contribution was meant for this plan too, but was answered for another attempt."""

@@ -41,6 +41,7 @@ class Entry:
         index: Of its payload.
         verdict: The final answer; None while there is none.
         plans: Ids of the plans that it answers: the header's, and later attempts of the same work.
+        fresh: It was never offered, so that the orchestrator can't have anything of it.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Entry:
     index: Index
     verdict: Verdict | None = None
     plans: list[str] = field(default_factory=list)
+    fresh: bool = False
 
     @property
     def digest(self) -> str:
@@ -126,7 +128,8 @@ class Outbox:
             made.rename(target)
             sync_folder(target.parent)
             sync_folder(made.parent)
-            entry = Entry(target, header, encoded, signature, index, None, [header.plan_id])
+            plans = [header.plan_id]
+            entry = Entry(target, header, encoded, signature, index, None, plans, fresh=True)
             self._entries[name] = entry
             return entry
 

@@ -184,12 +184,15 @@ class Sender:
         stub = BulkStub(self._open())
         broken: list[FarflungError | OSError] = []
         try:
-            request = site_pb2.StatusRequest(plan_id=entry.header.plan_id)
-            status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
-            if status.HasField("answer") and self._is_ours(status.answer, entry):
-                self._settle(entry, status.answer)
-                return
-            missing = [(r.first, r.end) for r in status.missing] if status.known else None
+            missing = None
+            if not entry.fresh:
+                request = site_pb2.StatusRequest(plan_id=entry.header.plan_id)
+                status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
+                if status.HasField("answer") and self._is_ours(status.answer, entry):
+                    self._settle(entry, status.answer)
+                    return
+                missing = [(r.first, r.end) for r in status.missing] if status.known else None
+            entry.fresh = False
             answer = stub.Contribute(_watched(self._messages(entry, missing), broken))
         except ValueError:
             raise Unavailable("another thread closed the connection") from None

@@ -2,8 +2,11 @@
 
 import threading
 
+import pytest
+
 from protos.v1 import site_pb2
-from site_agent.link.stream import Outgoing, Said
+from site_agent.link import stream as stream_module
+from site_agent.link.stream import HEARTBEAT_S, PROGRESS_S, STATE_S, Outgoing, Said
 from site_agent.link.wire import backoff, channel_options, host_of, is_loopback
 
 
@@ -35,15 +38,52 @@ def test_only_the_newest_progress_of_a_plan_is_said() -> None:
     assert [(p.plan_id, p.done) for p in said] == [("p", 4), ("q", 9)]
 
 
-def test_a_new_state_is_said_at_once_and_the_same_one_is_not() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(stream_module, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_new_state_is_said_soon_and_the_same_one_now_and_then(clock: list[float]) -> None:
     stream = outgoing(paused=True)
     stream.progress(progress("p", 3, 1))
     assert next(stream).progress.done == 1
     stream.progress(progress("p", 3, 2))
     stream.progress(progress("q", 4))
     assert next(stream).progress.plan_id == "q"
+    clock[0] += STATE_S
     stream.progress(progress("p", 5, 3))
     assert next(stream).progress.done == 3
+    stream.progress(progress("p", 5, 4))
+    clock[0] += PROGRESS_S
+    assert next(stream).progress.done == 4
+
+
+def test_a_state_that_is_over_at_once_is_not_said(clock: list[float]) -> None:
+    stream = outgoing()
+    stream.progress(progress("p", 1))
+    assert next(stream).progress.state == 1
+    for state in (2, 3, 4):
+        stream.progress(progress("p", state))
+    clock[0] += STATE_S
+    assert next(stream).progress.state == 4
+    clock[0] += HEARTBEAT_S
+    assert next(stream).WhichOneof("kind") == "heartbeat"
+
+
+def test_of_a_plan_that_is_over_nothing_is_said(clock: list[float]) -> None:
+    stream = outgoing()
+    stream.progress(progress("p", 1))
+    stream.progress(progress("q", 1))
+    stream.forget("p")
+    assert next(stream).progress.plan_id == "q"
+    clock[0] += HEARTBEAT_S
+    assert next(stream).WhichOneof("kind") == "heartbeat"
+
+
+def test_heartbeats_say_whether_the_site_is_paused() -> None:
+    stream = outgoing(paused=True)
     stream.beat(0.01)
     assert next(stream).heartbeat.paused
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,5 +61,13 @@ class SiteState:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Clones: safetensors refuses views and tensors that share memory.
-    save_file({k: torch.clone(v.detach().cpu().contiguous()) for k, v in tensors.items()}, path)
+    # Clones only where safetensors wants them, for tensors that share memory: a residual is as large
+    # as the model.
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    save_file(apart, path)

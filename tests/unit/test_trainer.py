@@ -316,6 +316,24 @@ def test_only_the_groups_of_the_plan_are_sent(
         assert set(update) == {t.name for t in workload_of(plan).shared if t.group == group}
 
 
+def test_a_state_may_hold_tensors_that_share_memory(tmp_path: Path) -> None:
+    """And one that was read may be changed in place and written again: a residual is."""
+    whole = torch.arange(6.0)
+    state = SiteState(
+        strategies={"s": {"whole": whole, "part": whole[2:], "row": whole.view(2, 3)}}
+    )
+    state.write(tmp_path / "first", {})
+    read = SiteState.read(tmp_path / "first")
+    for tensor in read.strategies["s"].values():
+        tensor.add_(1)
+    read.write(tmp_path / "second", {})
+    for folder, added in (("first", 0), ("second", 1)):
+        found = SiteState.read(tmp_path / folder).strategies["s"]
+        assert found["whole"].tolist() == (whole + added).tolist()
+        assert found["part"].tolist() == (whole[2:] + added).tolist()
+        assert found["row"].tolist() == (whole.view(2, 3) + added).tolist()
+
+
 def test_a_codecs_blocks_stand_in_the_header(bench: Bench) -> None:
     plan = plan_of(stack=("test_half_precision",))
     header, _, out = bench.perform(plan)

@@ -82,22 +82,29 @@ class Codec(Strategy):
         update.blocks, residuals = {}, dict(state)
         work = torch.empty(3, TILE_ELEMENTS)
         for name in update.parameters:
-            flat = update.tensors.pop(name).detach().reshape(-1)
-            starts = range(0, len(flat), TILE_ELEMENTS)
-            tiles = [flat[start : start + TILE_ELEMENTS] for start in starts]
-            if len(flat) < self.min_elements:
-                update.blocks[name] = [bytes(view_bytes(tile)) for tile in tiles]
-            elif self.error_feedback:
-                kept = residuals[name] = _residual(state, name, len(flat), plan)
-                update.blocks[name] = [
-                    self._block(kept[start : start + len(tile)].add_(tile), work[1:])
-                    for start, tile in zip(starts, tiles, strict=True)
-                ]
-            else:
-                update.blocks[name] = [
-                    self._block(work[0, : len(tile)].copy_(tile), work[1:]) for tile in tiles
-                ]
+            # In a call of its own, so that one parameter is gone before the next one comes to be.
+            blocks, kept = self._packed(name, update.tensors.pop(name), state, plan, work)
+            update.blocks[name] = blocks
+            if kept is not None:
+                residuals[name] = kept
         return update, residuals
+
+    def _packed(
+        self, name: str, tensor: Tensor, state: dict[str, Tensor], plan: Plan, work: Tensor
+    ) -> tuple[list[Bytes], Tensor | None]:
+        flat = tensor.detach().reshape(-1)
+        starts = range(0, len(flat), TILE_ELEMENTS)
+        tiles = [flat[start : start + TILE_ELEMENTS] for start in starts]
+        if len(flat) < self.min_elements:
+            return [bytes(view_bytes(tile)) for tile in tiles], None
+        if not self.error_feedback:
+            return [self._block(work[0, : len(t)].copy_(t), work[1:]) for t in tiles], None
+        kept = _residual(state, name, len(flat), plan)
+        blocks = [
+            self._block(kept[start : start + len(tile)].add_(tile), work[1:])
+            for start, tile in zip(starts, tiles, strict=True)
+        ]
+        return blocks, kept
 
     def decode(self, block: bytes, tile: Tile) -> Tensor:
         """The values of a tile, (elements,), fp32 or wider.

@@ -9,6 +9,9 @@ The work is that of `bench exchange`. The figures, without the first round:
     site_pss_bytes        memory of a link and of a trainer after the run, mean over the sites; a
                           page that n processes share counts 1/n in each
 
+From `MANY` sites on the trainers are forked from one process that has loaded torch, since 64 times
+260 MB would not fit: processes of their own as ever, which share what they don't change.
+
 The floor is bare gRPC with mutual TLS with the synced writes that the guarantees need, and nothing
 else; see `orchestrator/bench/floor.py`.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,12 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.bench.floor import measure_floor
+from orchestrator.bench.nursery import Nursery
 from orchestrator.bench.sampler import Group
 from orchestrator.bench.trial import COMPUTE, TRAINER, Trial, machine, run_trial
 from orchestrator.federation import Federation
 from protos.chunks import write_durably
 
 MODEL_BYTES = 40_000
+
+MANY = 16
+"""From so many sites on, trainers are forked from one process; see `orchestrator/bench/nursery.py`."""
+
 GROUPS = ("daemon", "ray", "links", "trainers")
 
 
@@ -45,7 +54,7 @@ def run_rounds(sites: int, rounds: int, file: Path | None) -> dict[str, Any]:
     out = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="farflung-rounds-") as folder:
         out.print(f"{sites} sites, {MODEL_BYTES / 1e3:g} KB, {rounds} rounds: starting …")
-        trial = run_trial(Path(folder), sites, MODEL_BYTES, rounds, _groups, _every_s(sites))
+        trial = _trial(Path(folder), sites, rounds)
     figures = _figures(trial, sites, rounds)
     out.print("The same calls and synced writes over bare gRPC with TLS …")
     floor = measure_floor(sites, trial.model_bytes, rounds, durable=True)
@@ -56,19 +65,27 @@ def run_rounds(sites: int, rounds: int, file: Path | None) -> dict[str, Any]:
     return figures
 
 
-def _every_s(sites: int) -> float:
-    """Reading the counters of 200 processes costs 4 ms."""
-    return 0.05 if sites < 16 else 0.5
+def _trial(folder: Path, sites: int, rounds: int) -> Trial:
+    # Reading the counters of 200 processes costs 4 ms.
+    every_s = 0.05 if sites < MANY else 0.5
+    with ExitStack() as stack:
+        nursery = None
+        if sites >= MANY:
+            nursery = Nursery(folder)
+            stack.callback(nursery.close)
 
+        def groups(federation: Federation) -> dict[str, Group]:
+            daemon, agents = federation.daemon.pid, [a.pid for a in federation.agents().values()]
+            trainers = Group(agents, only=[TRAINER]) if nursery is None else Group([nursery.pid])
+            return {
+                "daemon": Group([daemon], apart=[COMPUTE]),
+                "ray": Group([daemon], only=[COMPUTE]),
+                "links": Group(agents, apart=[TRAINER]),
+                "trainers": trainers,
+            }
 
-def _groups(federation: Federation) -> dict[str, Group]:
-    daemon, agents = federation.daemon.pid, [a.pid for a in federation.agents().values()]
-    return {
-        "daemon": Group([daemon], apart=[COMPUTE]),
-        "ray": Group([daemon], only=[COMPUTE]),
-        "links": Group(agents, apart=[TRAINER]),
-        "trainers": Group(agents, only=[TRAINER]),
-    }
+        command = nursery.command if nursery is not None else ()
+        return run_trial(folder, sites, MODEL_BYTES, rounds, groups, every_s, command)
 
 
 def _figures(trial: Trial, sites: int, rounds: int) -> dict[str, Any]:
@@ -79,6 +96,7 @@ def _figures(trial: Trial, sites: int, rounds: int) -> dict[str, Any]:
         "sites": sites,
         "model_bytes": trial.model_bytes,
         "rounds": rounds,
+        "trainers_forked": sites >= MANY,
         "wall_s_per_round": median(walls),
         "wall_s_quartiles": quantiles(walls, n=4),
         "cpu_s_per_round": sampler.cpu_s(start, end) / count,
@@ -119,3 +137,5 @@ def _print(figures: dict[str, Any]) -> None:
         table.add_row(f"{what}, idle MB", f"{nbytes / 1e6:.0f}")
     table.add_row("cores busy with other work", f"{figures['foreign_cores']:.2f}")
     Console().print(table)
+    if figures["trainers_forked"]:
+        Console().print("The trainers are forked from one process, so that they fit: see --help.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -67,7 +67,13 @@ class Trial:
 
 
 def run_trial(
-    folder: Path, sites: int, model_bytes: int, rounds: int, grouping: Grouping, every_s: float
+    folder: Path,
+    sites: int,
+    model_bytes: int,
+    rounds: int,
+    grouping: Grouping,
+    every_s: float,
+    trainer: Sequence[str] = (),
 ) -> Trial:
     """Start a federation, run, and check what came out.
 
@@ -78,10 +84,11 @@ def run_trial(
         rounds: At least 2; the first is left out.
         grouping: Which processes are added up.
         every_s: Time between two samples.
+        trainer: Command of the sites' trainers; empty for the usual one.
     """
     elements = max(1, round(model_bytes / (4 * TENSORS)))
     names = site_names(sites)
-    with Federation(folder, sites=_tables(names)) as federation:
+    with Federation(folder, sites=_tables(names, trainer)) as federation:
         groups = grouping(federation)
         with Sampler(groups, every_s) as sampler:
             run = federation.wait(federation.launch(_config(names, elements, rounds)), RUN_S)
@@ -109,7 +116,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _tables(names: list[str]) -> dict[str, dict[str, Any]]:
+def _tables(names: list[str], trainer: Sequence[str]) -> dict[str, dict[str, Any]]:
     source = f"{Path(__file__).with_name('weights.py')}:Weights"
     return {
         name: {
@@ -117,7 +124,7 @@ def _tables(names: list[str]) -> dict[str, dict[str, Any]]:
                 "weights": {"source": source, "settings": {"constant": (number + 1) * CONSTANT}}
             },
             "site": {"device": "cpu"},
-            "trainer": {"threads": 1},
+            "trainer": {"threads": 1, "command": list(trainer)},
         }
         for number, name in enumerate(names)
     }

@@ -82,7 +82,8 @@ def rounds(
     """Measure the cost of a round itself: a 40 KB model, nothing is trained.
 
     Real processes over mutual TLS on loopback, with spool, outbox, ledger, fsync and signatures;
-    and bare gRPC with TLS and the synced writes that a round can't do without as the floor.
+    and bare gRPC with TLS and the synced writes that a round can't do without as the floor. From
+    16 sites on their trainers are forked from one process, so that they fit into memory.
 
     Example: `farflung bench rounds --sites 4 --json rounds.json`
     """

@@ -28,7 +28,9 @@ from protos.chunks import ChunkFile
 from protos.contribution import Header
 from protos.errors import (
     ContributionRefused,
+    DataCorrupt,
     FarflungError,
+    InvalidInput,
     ManifestInvalid,
     NotFound,
     Unavailable,
@@ -88,6 +90,9 @@ class Intake:
         self._check_blocks = check_blocks
         self._turns = threading.Condition()
         self._open: dict[str, ChunkFile | None] = {}  # by contribution; None while it is opened
+        self._seen: set[str] = (
+            set()
+        )  # contributions that this process has verified since it started
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -196,7 +201,7 @@ class Intake:
                 # Not synced: without them a restart finds an unknown folder, and the site sends again.
                 (folder / INDEX).write_bytes(announced.index.encoded)
                 (folder / HEADER).write_bytes(announced.encoded)
-            with ChunkFile(folder / PAYLOAD, announced.index, self._store.spares) as file:
+            with self._part(folder, announced.index) as file:
                 self._open[contribution] = file
                 yield file
         except (ContributionRefused, ManifestInvalid):
@@ -227,23 +232,34 @@ class Intake:
                 return [(0, len(index.chunks))] if file is None else file.missing()
             self._open[contribution] = None
         try:
-            with ChunkFile(folder / PAYLOAD, index) as file:
+            with self._part(folder, index) as file:
                 return file.missing()
         finally:
             with self._turns:
                 del self._open[contribution]
                 self._turns.notify_all()
 
+    def _part(self, folder: Path, index: Index) -> ChunkFile:
+        first = folder.name not in self._seen
+        file = ChunkFile(folder / PAYLOAD, index, self._store.spares, verify=first)
+        self._seen.add(folder.name)
+        return file
+
     def receive(self, file: ChunkFile, chunks: Iterator[Chunk], site: str) -> int:
         """Write chunks as they come; gives how many bytes came.
 
         Raises:
-            ContributionRefused: A chunk is out of range or does not have its digest.
+            ContributionRefused: A chunk is out of range.
+            InvalidInput: One does not have its digest; what came before it stays.
         """
         received = 0
         for chunk in chunks:
             try:
                 file.write(chunk.number, chunk.data)
+            except DataCorrupt as error:
+                raise InvalidInput(
+                    f"site {site}: {error.message}; send it again", site=site
+                ) from None
             except FarflungError as error:
                 raise ContributionRefused(f"site {site}: {error.message}", site=site) from None
             received += len(chunk.data)
@@ -307,6 +323,7 @@ class Intake:
     def forget(self, site: str, contribution: str) -> None:
         """Remove what is left in the spool."""
         shutil.rmtree(self._folder(site, contribution), ignore_errors=True)
+        self._seen.discard(contribution)
 
     def sweep(self) -> None:
         """Remove what arrived in part for plans that are over; for the daemon's start."""

@@ -125,12 +125,21 @@ class ChunkFile:
         path: Where the complete file will be.
         index: What it will be.
         spares: Where a file to write over may be found.
+        verify: Whether to look at what the record says is there: for the first time in a process,
+            since a disk may damage what it held meanwhile.
     """
 
-    def __init__(self, path: Path, index: Index, spares: Spares | None = None) -> None:
+    def __init__(
+        self, path: Path, index: Index, spares: Spares | None = None, verify: bool = False
+    ) -> None:
         self.path, self.index = path, index
         self._part, self._record = part_of(path), _record_of(path)
         found = self._part.exists()
+        if (
+            not found and path.exists()
+        ):  # it was complete, and whoever wanted it died before taking it
+            path.rename(self._part)
+            found = True
         if not found:
             if self._record.exists():
                 # It must never vouch for the file that is made now.
@@ -144,6 +153,10 @@ class ChunkFile:
             os.ftruncate(self._fd, index.nbytes)
         self._have = (_recorded(path, index) if found else None) or bytearray(len(index.chunks))
         self._unsaved = 0
+        if verify:
+            self._have = bytearray(
+                here and self._is_right(number) for number, here in enumerate(self._have)
+            )
         if found and size == index.nbytes:
             self._find_more()
         self.received_bytes = sum(
@@ -156,12 +169,14 @@ class ChunkFile:
         for number, here in enumerate(self._have):
             if here:
                 continue
-            start, stop = self.index.span(number)
-            data = os.pread(self._fd, stop - start, start)
-            if digest(data) != self.index.chunks[number]:
+            if not self._is_right(number):
                 return
             self._have[number] = 1
             self._unsaved += 1
+
+    def _is_right(self, number: int) -> bool:
+        start, stop = self.index.span(number)
+        return digest(os.pread(self._fd, stop - start, start)) == self.index.chunks[number]
 
     def missing(self) -> list[tuple[int, int]]:
         """Half-open ranges of chunk numbers that are not here yet."""

@@ -76,7 +76,11 @@ class Fetcher:
         self._open = threading.Event()
         self._open.set()
         self._in_use: list[str] = []
+        self._seen: set[str] = set()  # what this process has verified since it started
         self.received_bytes = 0
+
+    busy = False
+    """Whether a download is under way."""
 
     def want(self, want: Want) -> None:
         """Ask for a file; the answer comes from the fetcher's thread."""
@@ -132,8 +136,12 @@ class Fetcher:
         path = self.path(want.digest)
         self._use(want.digest)
         if not self._is_here(path):
-            waits = backoff()
+            waits, before = backoff(), self.received_bytes
             while not self._download(want, path):
+                if (
+                    self.received_bytes > before
+                ):  # a line that is cut often, but does carry something
+                    waits, before = backoff(), self.received_bytes
                 if self._stop.wait(next(waits)) or not want.wanted():
                     return None
                 while not self._open.wait(WANTED_S):
@@ -155,7 +163,7 @@ class Fetcher:
     def _download(self, want: Want, path: Path) -> bool:
         """One attempt; False if the connection broke."""
         index = _read_index(path)
-        file = ChunkFile(path, index, self._spares) if index is not None else None
+        file = self._part(path, index) if index is not None else None
         if file is not None and file.complete:  # all came, and the agent ended before it knew
             file.finish()
             return True
@@ -165,6 +173,7 @@ class Fetcher:
             missing=[common_pb2.ChunkRange(first=a, end=b) for a, b in missing],
         )
         try:
+            self.busy = True
             replies = self._stub().FetchModel(request)
             for reply in replies:
                 if not want.wanted() or self._stop.is_set():
@@ -193,6 +202,7 @@ class Fetcher:
             self._journal.warning("fetch interrupted", model=want.digest, reason=problem.message)
             return False
         finally:
+            self.busy = False
             if file is not None and not file.complete:
                 file.close()
         return True
@@ -215,7 +225,12 @@ class Fetcher:
             )
         write_durably(path.with_suffix(".manifest"), manifest.encoded, 0o600)
         write_durably(path.with_suffix(".index"), index.encoded, 0o600)
-        return ChunkFile(path, index, self._spares)
+        return self._part(path, index)
+
+    def _part(self, path: Path, index: Index) -> ChunkFile:
+        file = ChunkFile(path, index, self._spares, verify=path.stem not in self._seen)
+        self._seen.add(path.stem)
+        return file
 
     def _stub(self) -> BulkStub:
         with self._lock:

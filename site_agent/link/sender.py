@@ -11,6 +11,7 @@ import grpc
 
 from protos.bulk import BulkStub, chunk_message
 from protos.chunks import read_chunks
+from protos.digest import digest
 from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable
 from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
@@ -67,7 +68,10 @@ class Sender:
         self._not_before: dict[str, float] = {}
         self._waits: dict[str, Iterator[float]] = {}
         self._unclear: list[str] = []
-        self.sent_bytes = 0
+        self.sent_bytes = self._sent_before = 0
+
+    busy = False
+    """Whether an upload is under way."""
 
     # -- from other threads ----------------------------------------------------------------------
 
@@ -170,6 +174,11 @@ class Sender:
             self._ears.unanswered(plan_id)
 
     def _later(self, entry: Entry, error: FarflungError) -> None:
+        if (
+            self.sent_bytes > self._sent_before
+        ):  # a line that is cut often, but does carry something
+            self._waits.pop(entry.digest, None)
+        self._sent_before = self.sent_bytes
         wait = next(self._waits.setdefault(entry.digest, backoff()))
         self._journal.warning(
             "sending interrupted",
@@ -193,12 +202,15 @@ class Sender:
                     return
                 missing = [(r.first, r.end) for r in status.missing] if status.known else None
             entry.fresh = False
+            self.busy = True
             answer = stub.Contribute(_watched(self._messages(entry, missing), broken))
         except ValueError:
             raise Unavailable("another thread closed the connection") from None
         except grpc.RpcError as error:
             # What fails in the messages' iterator, gRPC only reports as a call that broke.
             raise (broken[0] if broken else from_rpc_error(error)) from None
+        finally:
+            self.busy = False
         self._settle(entry, answer)
 
     @staticmethod
@@ -234,6 +246,9 @@ class Sender:
         if not ranges or not entry.index.chunks:
             return
         for number, data in read_chunks(entry.payload, entry.index, ranges):
+            # What is sent again may be asked for because it is damaged here.
+            if missing is not None and digest(data) != entry.index.chunks[number]:
+                raise DataCorrupt(f"chunk {number} of the payload is damaged in the outbox")
             yield chunk_message(number, data)
             done += len(data)
             self.sent_bytes += len(data)

@@ -145,6 +145,19 @@ class Hall:
     ) -> common_pb2.Answer:
         return self.service.Contribute(arrived(head, chunks(data)), (by or self.north).call)
 
+    def restarted(self) -> "Hall":
+        """The same as the next daemon would find it."""
+        later = Hall.__new__(Hall)
+        later.__dict__.update(self.__dict__)
+        later.intake = Intake(
+            self.bench.ledger, self.bench.store, self.bench.home.spool, Blocks(self.bench.engine)
+        )
+        later.service = BulkService(
+            self.bench.ledger, self.bench.store, Doorkeeper(self.bench.ledger, "f-hall"),
+            later.intake, self.heard,
+        )  # fmt: skip
+        return later
+
     def status(self, plan: Plan, by: Contributor | None = None) -> site_pb2.StatusReply:
         request = site_pb2.StatusRequest(plan_id=plan.id)
         return self.service.ContributionStatus(request, (by or self.north).call)
@@ -246,16 +259,7 @@ def test_an_interrupted_transfer_goes_on_where_it_was(hall: Hall) -> None:
     status = hall.status(plan)
     assert status.known
     assert [(r.first, r.end) for r in status.missing] == [(0, 1)]
-    # As the next daemon would find it.
-    later = Hall.__new__(Hall)
-    later.__dict__.update(hall.__dict__)
-    later.intake = Intake(
-        hall.bench.ledger, hall.bench.store, hall.bench.home.spool, Blocks(hall.bench.engine)
-    )
-    later.service = BulkService(
-        hall.bench.ledger, hall.bench.store, Doorkeeper(hall.bench.ledger, "f-hall"),
-        later.intake, hall.heard,
-    )  # fmt: skip
+    later = hall.restarted()
     answer = later.service.Contribute(arrived(head, chunks(data, [0])), hall.north.call)
     assert answer.verdict == COUNTED
     assert hall.bench.bytes_of(hall.bench.ledger.contribution(answer.contribution).index) == data
@@ -448,11 +452,52 @@ def test_more_bytes_than_were_announced_are_refused(hall: Hall) -> None:
     assert "chunk 1: " in answer.message
 
 
-def test_bytes_that_were_not_announced_are_refused(hall: Hall) -> None:
+def test_a_damaged_chunk_is_asked_for_again_and_nothing_else(hall: Hall) -> None:
     plan, data = hall.open(), hall.data()
     head = hall.north.head(plan, data, MANIFEST.digest)
-    answer = refused(hall, head, bytes([data[0] ^ 1]) + data[1:])
-    assert "chunk 0: its bytes do not have the announced digest" in answer.message
+    damaged = data[:-1] + bytes([data[-1] ^ 1])
+    with pytest.raises(InvalidInput, match="announced digest; send it again"):
+        hall.send(head, damaged)
+    assert [(r.first, r.end) for r in hall.status(plan).missing] == [(1, 2)]
+    answer = hall.service.Contribute(arrived(head, chunks(data, [1])), hall.north.call)
+    assert answer.verdict == COUNTED
+    assert hall.bench.bytes_of(hall.bench.ledger.contribution(answer.contribution).index) == data
+
+
+@pytest.mark.parametrize("at", [0, CHUNK_BYTES - 1])
+def test_a_byte_that_the_disk_damaged_costs_its_chunk(hall: Hall, at: int) -> None:
+    """While the daemon was down; in the same process a record is believed."""
+    plan, data = hall.open(), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+    with pytest.raises(InvalidInput, match="1 chunks are missing"):
+        hall.service.Contribute(arrived(head, chunks(data, [0])), hall.north.call)
+    (part,) = hall.bench.home.spool.rglob("payload.part")
+    with part.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([data[at] ^ 1]))
+    later = hall.restarted()
+    assert [(r.first, r.end) for r in later.status(plan).missing] == [(0, 2)]
+    assert later.send(head, data).verdict == COUNTED
+
+
+def test_a_complete_payload_outlives_its_daemon(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, data = hall.open(), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(hall.bench.store), "adopt", dies)
+        with pytest.raises(KeyboardInterrupt):
+            hall.send(head, data)
+    later = hall.restarted()
+    assert list(later.status(plan).missing) == []
+    answer = later.service.Contribute(arrived(head, iter(())), hall.north.call)
+    assert answer.verdict == COUNTED
+    assert hall.bench.bytes_of(hall.bench.ledger.contribution(answer.contribution).index) == data
 
 
 def test_a_side_payload_may_not_be_endless(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,8 @@ class ControlService(site_pb2_grpc.ControlServicer):
         kind, site = message.WhichOneof("kind"), session.site
         if kind == "heartbeat":
             session.paused = message.heartbeat.paused
+            if message.heartbeat.sequence:
+                session.send(site_pb2.ToSite(heartbeat=message.heartbeat))
         elif kind == "progress":
             said = message.progress
             state = STATES.get(said.state)

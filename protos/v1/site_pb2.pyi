@@ -112,6 +112,7 @@ class ToSite(google.protobuf.message.Message):
     CANCEL_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     RENEW_FIELD_NUMBER: builtins.int
+    HEARTBEAT_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome: ...
     @property
@@ -132,6 +133,10 @@ class ToSite(google.protobuf.message.Message):
     def renew(self) -> Global___Renew:
         """call Enroll again"""
 
+    @property
+    def heartbeat(self) -> Global___Heartbeat:
+        """the site's own, back again: how long a round trip takes"""
+
     def __init__(
         self,
         *,
@@ -141,12 +146,13 @@ class ToSite(google.protobuf.message.Message):
         cancel: Global___Cancel | None = ...,
         drain: Global___Drain | None = ...,
         renew: Global___Renew | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["welcome", "plan", "answer", "cancel", "drain", "renew"]
+    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["welcome", "plan", "answer", "cancel", "drain", "renew", "heartbeat"]
     _WhichOneofArgType_kind: typing_extensions.TypeAlias = typing.Literal["kind", b"kind"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

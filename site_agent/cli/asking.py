@@ -40,6 +40,10 @@ def _print_status(found: dict[str, Any]) -> None:
         f"sent {nbytes(found['sent_bytes'])}"
     )
     say(f"models and contributions: {in_words(found['network'])}")
+    for way, pace in found["network"]["narrow_mbit_per_s"].items():
+        say(f"the line is narrow: {way} at {pace:.2g} Mbit/s, so that control is heard in time")
+    if found["round_trip_s"] is not None:
+        say(f"control: a round trip takes {1000 * found['round_trip_s']:.0f} ms")
     if found["plans"]:
         table = Table("plan", "state", "done", "of", "")
         for plan in found["plans"]:

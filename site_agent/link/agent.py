@@ -170,7 +170,7 @@ class Agent:
                 if assignment.state in MOVING:
                     self.moved(assignment, assignment.told())
 
-        self._line.run((self._fetcher, self._sender), configured, changed)
+        self._line.run(self._fetcher, self._sender, self._stream, configured, changed)
 
     # -- the orchestrator's messages ---------------------------------------------------------------
 
@@ -368,7 +368,8 @@ class Agent:
             ],
             "received_bytes": self._fetcher.received_bytes,
             "sent_bytes": self._sender.sent_bytes,
-            "network": self._line.network.facts(),
+            "network": self._line.facts(),
+            "round_trip_s": self._stream.round_trip_s,
         }
 
     def _pause(self, paused: bool) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from time import monotonic
+from typing import Any, Protocol
 
-from site_agent.config import SiteConfig
+from site_agent.config import MBIT_BYTES, SiteConfig
 from site_agent.home import Home
+from site_agent.link.courtesy import Courtesy
 from site_agent.link.journal import Journal
 from site_agent.link.live_config import LiveConfig
 from site_agent.link.network import Network
+from site_agent.link.throttle import Throttle
 from site_agent.link.valve import Valve
 
 LOOK_S = 1.0
@@ -18,13 +21,45 @@ LOOK_S = 1.0
 
 
 class Mover(Protocol):
-    """What moves models or contributions."""
+    """What moves models or contributions.
+
+    Attributes:
+        busy: Whether a transfer is under way.
+    """
+
+    busy: bool
 
     def allowed(self, allowed: bool) -> None:
         """Whether they may move now."""
 
     def reconnect(self) -> None:
         """Use a new connection from now on."""
+
+
+class Down(Mover, Protocol):
+    """What moves models; ``received_bytes`` so far, by whole chunks."""
+
+    received_bytes: int
+
+
+class Up(Mover, Protocol):
+    """What moves contributions; ``sent_bytes`` so far, by whole chunks."""
+
+    sent_bytes: int
+
+
+class Control(Protocol):
+    """The control stream.
+
+    Attributes:
+        hurried: Whether heartbeats are wanted more often, to see how long they take.
+    """
+
+    hurried: bool
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """How long a heartbeat takes there and back; None if unknown."""
 
 
 class Line:
@@ -43,12 +78,18 @@ class Line:
         self._journal, self._stop = journal, threading.Event()
         self._live = LiveConfig(home.config, config, journal)
         self.network = Network(config.network)
+        self._courtesies = {"down": Courtesy(), "up": Courtesy()}
         up, down = self.network.up, self.network.down
         self._valve = Valve(home.root / "bulk.sock", address, up, down, journal)
 
     def target(self) -> str:
         """What a bulk connection dials instead of the orchestrator; empty for nothing."""
-        return self._valve.target if self.network.is_capped else ""
+        return self._valve.target if self.network.is_paced else ""
+
+    def facts(self) -> dict[str, Any]:
+        """What is in force, as data."""
+        paces = {way: c.bytes_per_s / MBIT_BYTES for way, c in self._courtesies.items()}
+        return {**self.network.facts(), "narrow_mbit_per_s": {w: p for w, p in paces.items() if p}}
 
     def reread(self) -> None:
         """Read site.toml again; may be called from a signal handler."""
@@ -61,14 +102,18 @@ class Line:
 
     def run(
         self,
-        movers: tuple[Mover, ...],
+        fetcher: Down,
+        sender: Up,
+        control: Control,
         configured: Callable[[SiteConfig], None],
         changed: Callable[[], None],
     ) -> None:
         """Watch until stopped.
 
         Args:
-            movers: Who is told when something else is allowed.
+            fetcher: Moves models down.
+            sender: Moves contributions up.
+            control: Whose delay shows that the line is full.
             configured: Called with another configuration, of which only what may change is.
             changed: Called when other caps are in force, or a window began or ended.
         """
@@ -77,8 +122,9 @@ class Line:
             if self._live.look():
                 self.network.apply(self._live.config.network)
                 configured(self._live.config)
-            if self._follow(movers):
+            if self._follow((fetcher, sender)):
                 changed()
+            self._leave_room(fetcher, sender, control)
 
     def _follow(self, movers: tuple[Mover, ...]) -> bool:
         """Do what the network's rules say now; whether they are others than before."""
@@ -92,3 +138,23 @@ class Line:
             elif now.is_capped:
                 mover.reconnect()  # a connection through the valve, made for this pace
         return True
+
+    def _leave_room(self, fetcher: Down, sender: Up, control: Control) -> None:
+        """Slow down what keeps control waiting."""
+        ways: tuple[tuple[str, Throttle, Mover, int], ...] = (
+            ("down", self.network.down, fetcher, fetcher.received_bytes),
+            ("up", self.network.up, sender, sender.sent_bytes),
+        )
+        for way, throttle, mover, moved in ways:
+            courtesy = self._courtesies[way]
+            if throttle.bytes_per_s:
+                moved = throttle.passed_bytes
+            pace = courtesy.look(monotonic(), control.round_trip_s, moved, mover.busy)
+            before, throttle.courteous = throttle.courteous, pace
+            if bool(before) != bool(pace):
+                event = "bulk leaves room on a narrow line" if pace else "the line is wide again"
+                facts = {"round_trip_s": control.round_trip_s, "mbit_per_s": pace / MBIT_BYTES}
+                self._journal.info(event, way=way, **facts)
+                if pace:
+                    mover.reconnect()  # through the valve
+        control.hurried = any(c.bytes_per_s for c in self._courtesies.values())

@@ -45,8 +45,8 @@ class Network:
         return before, self.allowance
 
     def _set(self) -> None:
-        self.up.bytes_per_s = self.allowance.up_mbit_per_s * MBIT_BYTES
-        self.down.bytes_per_s = self.allowance.down_mbit_per_s * MBIT_BYTES
+        self.up.cap = self.allowance.up_mbit_per_s * MBIT_BYTES
+        self.down.cap = self.allowance.down_mbit_per_s * MBIT_BYTES
 
     @property
     def is_open(self) -> bool:
@@ -54,9 +54,9 @@ class Network:
         return self.allowance.is_open
 
     @property
-    def is_capped(self) -> bool:
-        """Whether there is a cap in any direction."""
-        return self.allowance.is_capped
+    def is_paced(self) -> bool:
+        """Whether there is a pace to be kept in any direction."""
+        return bool(self.up.bytes_per_s or self.down.bytes_per_s)
 
     @property
     def opens(self) -> float:

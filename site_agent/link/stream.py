@@ -24,6 +24,10 @@ STATE_S = 0.1
 round of a tenth of a second, six messages of each site would cost more than its work."""
 HEARTBEAT_S = 2.0
 """Until the orchestrator says otherwise."""
+HURRIED_S = 0.5
+"""Heartbeats come at least this often while their delay steers the pace of bulk."""
+UNANSWERED = 64
+"""An orchestrator of an earlier version sends none back."""
 
 Said = site_pb2.FromSite
 
@@ -47,7 +51,10 @@ class Outgoing:
         self._sequence = 0
         self._next_beat = monotonic() + HEARTBEAT_S
         self._closed = False
+        self._beats: dict[int, float] = {}  # when each left that has not come back
+        self._round_trip_s: float | None = None
         self.heartbeat_s = HEARTBEAT_S
+        self.hurried = False
 
     def say(self, message: Said) -> None:
         """Say something, in order."""
@@ -95,12 +102,34 @@ class Outgoing:
                 if due is not None:
                     return Said(progress=due)
                 if now >= self._next_beat:
-                    self._next_beat = now + self.heartbeat_s
+                    self._next_beat = now + self._interval()
                     self._sequence += 1
+                    self._beats[self._sequence] = now
+                    self._beats.pop(self._sequence - UNANSWERED, None)
                     beat = site_pb2.Heartbeat(sequence=self._sequence, paused=self._paused())
                     return Said(heartbeat=beat)
                 self._condition.wait(max(0.0, min(when, self._next_beat) - now))
             raise StopIteration
+
+    def _interval(self) -> float:
+        return min(self.heartbeat_s, HURRIED_S) if self.hurried else self.heartbeat_s
+
+    def came_back(self, sequence: int) -> None:
+        """The orchestrator sent a heartbeat back."""
+        with self._condition:
+            sent = self._beats.pop(sequence, None)
+            if sent is not None:
+                self._round_trip_s = monotonic() - sent
+                self._beats = {n: t for n, t in self._beats.items() if n > sequence}
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Of the newest heartbeat that came back, or how long one is away; None before the first."""
+        with self._condition:
+            if self._round_trip_s is None:
+                return None
+            away = monotonic() - min(self._beats.values(), default=monotonic())
+            return max(self._round_trip_s, away)
 
     def _due_progress(self, now: float) -> tuple[site_pb2.Progress | None, float]:
         """A progress whose time has come, and when the next one's will."""
@@ -147,6 +176,7 @@ class Stream:
         self._outcomes: deque[site_pb2.Outcome] = deque(maxlen=64)
         self.problem = "not connected yet"
         self.attached = False
+        self._hurried = False
 
     # -- from other threads ----------------------------------------------------------------------
 
@@ -188,6 +218,24 @@ class Stream:
         self._stop.set()
         self._hurry.set()
         self._end_call()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether heartbeats are wanted more often."""
+        return self._hurried
+
+    @hurried.setter
+    def hurried(self, hurried: bool) -> None:
+        self._hurried = hurried
+        with self._lock:
+            if self._outgoing is not None:
+                self._outgoing.hurried = hurried
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """How long a heartbeat takes there and back, or how long one is away; None if unknown."""
+        outgoing = self._outgoing
+        return outgoing.round_trip_s if outgoing is not None else None
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -236,6 +284,8 @@ class Stream:
                     deadline.cancel()
                     welcomed = True
                     self._welcomed(outgoing, message.welcome)
+                elif message.WhichOneof("kind") == "heartbeat":
+                    outgoing.came_back(message.heartbeat.sequence)
                 else:
                     self._hear(message)
             return welcomed, Unavailable("the orchestrator ended the stream")

@@ -27,9 +27,14 @@ class Throttle:
         self._clock = clock
         self._lock = threading.Lock()
         self._due = clock()  # when everything that was reserved has gone
-        self.bytes_per_s = 0.0
-        """The cap; 0 for none. May be changed at any time."""
+        self.cap = self.courteous = 0.0
+        """Bytes a second: what site.toml allows, what a narrow line asks for; 0 for none."""
         self.passed_bytes = 0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The lower of the two; 0 for no pace at all."""
+        return min((rate for rate in (self.cap, self.courteous) if rate), default=0.0)
 
     @property
     def piece(self) -> int:

@@ -44,7 +44,7 @@ class Narrow:
 
     def at_site(self) -> tuple[str, ...]:
         """What to put before a command so that it runs on the site's side."""
-        return ("nsenter", f"--net=/proc/{self._holders[0].pid}/ns/net")
+        return (shutil.which("nsenter") or "nsenter", f"--net=/proc/{self._holders[0].pid}/ns/net")
 
     def __enter__(self) -> Narrow:
         site, router = self._hold(), self._hold()

@@ -196,6 +196,8 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             try:
                 for message in request_iterator:
                     self._hear(message)
+                    if message.heartbeat.sequence:
+                        outgoing.put(site_pb2.ToSite(heartbeat=message.heartbeat))
             except grpc.RpcError:
                 pass
             outgoing.put(None)

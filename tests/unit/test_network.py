@@ -111,7 +111,7 @@ def test_the_network_follows_the_clock() -> None:
 
     network.apply(section(""))
     assert network.look()[1].is_open
-    assert not network.is_capped
+    assert not network.is_paced
     assert network.up.bytes_per_s == network.down.bytes_per_s == 0
 
 

@@ -88,6 +88,25 @@ def test_heartbeats_say_whether_the_site_is_paused() -> None:
     assert next(stream).heartbeat.paused
 
 
+def test_a_heartbeat_that_comes_back_tells_the_round_trip() -> None:
+    stream = outgoing()
+    assert stream.round_trip_s is None
+    stream.beat(0.001)
+    first, second = (next(stream).heartbeat.sequence for _ in range(2))
+    assert stream.round_trip_s is None  # an orchestrator that sends none back
+    stream.came_back(first)
+    assert stream.round_trip_s is not None
+    away = stream.round_trip_s  # the second one is on its way still, and longer and longer
+    while stream.round_trip_s == away:
+        pass
+    assert stream.round_trip_s > away
+    stream.came_back(second)
+    settled = stream.round_trip_s
+    stream.came_back(second)
+    stream.came_back(999)
+    assert stream.round_trip_s == settled
+
+
 def test_it_ends_when_it_is_closed() -> None:
     stream = outgoing()
     said: list[Said] = []

@@ -22,7 +22,7 @@ class Clock:
 def throttle(rate: float = RATE) -> tuple[Throttle, Clock]:
     clock = Clock()
     made = Throttle(clock)
-    made.bytes_per_s = rate
+    made.cap = rate
     return made, clock
 
 
@@ -73,12 +73,12 @@ def test_two_transfers_share_it() -> None:
 def test_another_cap_counts_at_once_and_none_lets_all_through() -> None:
     pace, clock = throttle()
     clock.now += pace.reserve(250_000)
-    pace.bytes_per_s = RATE / 10
+    pace.cap = RATE / 10
     assert math.isclose(pace.reserve(25_000), 1.0)
     clock.now += 1.0
-    pace.bytes_per_s = 0.0
+    pace.cap = 0.0
     assert pace.reserve(1 << 40) == 0.0
-    pace.bytes_per_s = RATE  # what went without a cap is not made up for
+    pace.cap = RATE  # what went without a cap is not made up for
     assert math.isclose(pace.reserve(25_000), 0.1)
 
 

@@ -200,16 +200,29 @@ class RaySection(Section):
     """Ray.
 
     Attributes:
-        cpus: CPUs that reducers and plug-ins may use; 0: all but one, at least one.
+        address: HOST:PORT of the head of a Ray cluster to use, of which this host must be a node;
+            empty: a Ray of its own, closed off from everything.
+        token_file: The cluster's authentication token; an absolute path, not in the home's keys.
+        cpus: CPUs that reducers and plug-ins may use; 0: all but one, at least one. A cluster says
+            itself how many it has.
         object_store_bytes: Ray's shared memory; no weights pass through it.
-        private_networks: Networks on which Ray may listen where it can't be confined.
+        private_networks: Networks on which Ray may listen where it can't be confined; a cluster
+            never can.
         plugins_may_reach_keys: Run plug-ins even on a host that grants no namespaces.
     """
 
+    address: str = Field("", pattern=r"^([^\s:]+:\d{1,5})?$")
+    token_file: str = Field("", pattern=r"^(/.*)?$")
     cpus: int = Field(0, ge=0)
     object_store_bytes: int = Field(100 << 20, ge=75 << 20)
     private_networks: tuple[str, ...] = ()
     plugins_may_reach_keys: bool = False
+
+    @model_validator(mode="after")
+    def _authenticated(self) -> RaySection:
+        if self.address and not self.token_file:
+            raise ValueError("a cluster by address needs token_file: Ray runs code that it is sent")
+        return self
 
 
 class PluginSection(Section):

@@ -19,12 +19,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import grpc
 
 from orchestrator import __version__
-from orchestrator.arithmetic import FUNCTIONS
 from orchestrator.blocks import Blocks
 from orchestrator.board import Board
 from orchestrator.client import OperatorClient
 from orchestrator.compute.client import ComputeClient
-from orchestrator.compute.config import ComputeConfig
+from orchestrator.compute_settings import compute_config, described
 from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.exchange import Exchange
 from orchestrator.home import Home, split_address
@@ -97,17 +96,9 @@ class Daemon:
         self._put_deadlines_off()
         self.store = Store(home.store)
         self.store.clean()
-        workers = config.ray.cpus or max(1, (os.cpu_count() or 2) - 1)
+        settings = compute_config(home, config.ray)
         self.compute = ComputeClient(
-            ComputeConfig(
-                num_cpus=workers,
-                object_store_memory_bytes=config.ray.object_store_bytes,
-                functions=FUNCTIONS,
-                preload=("orchestrator.arithmetic.preload",),
-                hidden=(str(home.keys), str(home.run)),
-                private_networks=config.ray.private_networks,
-                plugins_may_reach_keys=config.ray.plugins_may_reach_keys,
-            ),
+            settings,
             log=home.log / "compute.log",
             on_event=self._on_compute,
         )
@@ -132,7 +123,7 @@ class Daemon:
             exchange=self.exchange,
             note=self.note,
             publish=self._round_news.soon,
-            workers=workers,
+            workers=settings.num_cpus,
         )
         self.runner = Runner(self.engine, self.changed)
         self.compute.start()
@@ -327,9 +318,9 @@ class Daemon:
         self._publish_site(site, f"site {site} is gone")
 
     def _on_compute(self, kind: str, facts: dict[str, Any]) -> None:
-        level = facts.get("level")
-        confined = f"Ray {facts.get('ray', '')}, confined by {level}" if level else ""
-        detail = str(facts.get("message") or facts.get("reason") or confined)
+        if kind == "ready":
+            self.engine.workers = facts["num_cpus"]  # a cluster knows how many it has
+        detail = str(facts.get("message") or facts.get("reason") or described(facts))
         state = {"ready": "ready", "failed": "failed"}.get(kind, "starting")
         self._compute_state = (state, detail)
         urgency = "info" if kind == "ready" else "error" if kind == "failed" else "warning"

@@ -6,7 +6,7 @@ way. Every engine is a process of its own, so that each has its own memory and p
     floor       one thread without any of ours around it: reads, adds, writes and hashes
     in-process  `InProcessCompute`
     ray:N       N workers; this process is then what the daemon is, and holds no torch
-    HOST:PORT   the workers of a Ray cluster that is there
+    nodes:N     a Ray cluster of N nodes with one CPU each, on this machine
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.arithmetic import FUNCTIONS
+from orchestrator.bench.ray_nodes import ray_nodes
 from orchestrator.bench.sampler import read
 from orchestrator.board import Board
 from orchestrator.compute import Compute, ComputeClient, ComputeConfig, InProcessCompute
@@ -248,13 +249,10 @@ def serve(engine: str) -> None:
     and ``peaks``: the largest resident memory of this process, of a worker, of another of Ray's.
     """
     lines = Lines(sys.stdin.buffer, sys.stdout.buffer)
-    compute, workers = _compute(engine)
-    pids: Callable[[], list[int]] = list
     with contextlib.ExitStack() as stack:
+        compute, workers, pids = _compute(engine, stack)
         if compute is not None:
             stack.enter_context(compute).wait_ready(READY_S)
-        if isinstance(compute, ComputeClient):
-            pids = compute.process_ids
         lines.send({"ready": True})
         benches: dict[str, Bench] = {}
         while (request := lines.receive()) is not None:
@@ -272,14 +270,30 @@ def serve(engine: str) -> None:
             lines.send(answer)
 
 
-def _compute(engine: str) -> tuple[Compute | None, int]:
-    if engine == "floor":
-        return None, 1
+def _compute(
+    engine: str, stack: contextlib.ExitStack
+) -> tuple[Compute | None, int, Callable[[], list[int]]]:
+    """Where functions run, how many at once, and the processes beside this one."""
+    kind, _, count = engine.partition(":")
     config = ComputeConfig(functions=FUNCTIONS, preload=("orchestrator.arithmetic.preload",))
-    if engine == "in-process":
-        return InProcessCompute(config), 1
-    workers = int(engine.removeprefix("ray:"))
-    return ComputeClient(replace(config, num_cpus=workers)), workers
+    if kind == "floor":
+        return None, 1, list
+    if kind == "in-process":
+        return InProcessCompute(config), 1, list
+    workers = int(count)
+    if kind == "ray":
+        client = ComputeClient(replace(config, num_cpus=workers))
+        return client, workers, client.process_ids
+    nodes = stack.enter_context(ray_nodes(workers))
+    client = ComputeClient(
+        replace(
+            config,
+            address=nodes.address,
+            token_file=nodes.token_file,
+            private_networks=nodes.networks,
+        )
+    )
+    return client, workers, lambda: [*client.process_ids(), *nodes.process_ids()]
 
 
 def _measured(work: Callable[[], str], below: Callable[[], list[int]]) -> dict[str, Any]:

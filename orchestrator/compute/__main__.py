@@ -16,7 +16,8 @@ def main() -> None:
     """Closes itself off, then starts Ray inside."""
     parent_pid, config = int(sys.argv[1]), ComputeConfig.from_json(sys.argv[2])
     jail = Jail(
-        levels=config.levels,
+        # A driver of a cluster needs its network; what may be there must still not see the keys.
+        levels=(Level.MOUNTS, Level.NONE) if config.address else config.levels,
         hidden=config.hidden,
         private=config.temp_dir,
         private_bytes=config.object_store_memory_bytes + _LOGS_BYTES,

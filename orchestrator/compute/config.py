@@ -6,6 +6,7 @@ import enum
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -16,8 +17,14 @@ class Level(enum.StrEnum):
     """Own network, mounts and process ids: nothing outlives it and nobody reaches it."""
     NETWORK = "network"
     """Own network and mounts; for hosts on which /proc can't be mounted."""
+    MOUNTS = "mounts"
+    """Own mounts, on the host's network: the keys are out of reach, others are not kept out."""
     NONE = "none"
     """The host grants no namespaces."""
+
+
+CONFINED = (Level.NAMESPACES, Level.NETWORK, Level.NONE)
+"""What is tried for a Ray of the daemon's own, and for plug-ins: never one's files with a network."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,10 @@ class ComputeConfig:
             confined; ``0.0.0.0/0`` and ``::/0`` consent to all.
         plugins_may_reach_keys: Run plug-ins even on a host that grants no namespaces.
         levels: What to try, in this order.
+        address: HOST:PORT of the head of a Ray cluster to use; empty: a Ray of its own. This host
+            must be one of its nodes.
+        token_file: Holds the cluster's authentication token.
+        shared: Folders that every node of a cluster must see.
         ray_environment: Variables that are set for Ray on top of ours.
     """
 
@@ -72,7 +83,10 @@ class ComputeConfig:
     hidden: tuple[str, ...] = ()
     private_networks: tuple[str, ...] = ()
     plugins_may_reach_keys: bool = False
-    levels: tuple[Level, ...] = tuple(Level)
+    levels: tuple[Level, ...] = CONFINED
+    address: str = ""
+    token_file: str = ""
+    shared: tuple[str, ...] = ()
     ray_environment: Mapping[str, str] = field(default_factory=dict)
     temp_dir: str = ""
     """Ray's folder. The client sets it: short (a socket's path has at most 107 bytes), private."""
@@ -82,6 +96,8 @@ class ComputeConfig:
             raise ValueError("levels must name at least one level")
         if relative := [path for path in self.hidden if not path.startswith("/")]:
             raise ValueError(f"hidden folders must be absolute: {relative}")
+        if any(Path(self.token_file).is_relative_to(folder) for folder in self.hidden):
+            raise ValueError(f"the token file {self.token_file} lies in a hidden folder")
 
     def to_json(self) -> str:
         """One line, for the command line of the process."""
@@ -91,7 +107,7 @@ class ComputeConfig:
     def from_json(cls, text: str) -> Self:
         """The inverse of :meth:`to_json`."""
         data: dict[str, Any] = json.loads(text)
-        for name in ("preload", "hidden", "private_networks"):
+        for name in ("preload", "hidden", "private_networks", "shared"):
             data[name] = tuple(data[name])
         data["levels"] = tuple(Level(level) for level in data["levels"])
         return cls(**data)

@@ -9,10 +9,11 @@ import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator.compute import errors, listeners, ops
+from orchestrator.compute import cluster, errors, listeners, ops
 from orchestrator.compute.config import ComputeConfig, Level, Limits
 from orchestrator.compute.functions import import_modules, run_function
 from orchestrator.compute.protocol import Lines, LineTooLong
@@ -95,15 +96,21 @@ class RayEngine:
         import ray
 
         self._ray = ray
-        ray.init(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            object_store_memory=config.object_store_memory_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=config.temp_dir,
-        )
+        self._num_cpus, self._nodes = config.num_cpus, ["127.0.0.1"]
+        if config.address:
+            folder = cluster.join(config)
+            self._cell = replace(self._cell, hidden=(*self._cell.hidden, folder))
+        else:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                object_store_memory=config.object_store_memory_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=config.temp_dir,
+            )
         self._run = ray.remote(run_function)
         self._isolate = ray.remote(run_isolated)
         self._keeper = self._new_keeper()
@@ -111,7 +118,12 @@ class RayEngine:
         # A worker listens as well, so one must be up before we look.
         first = [ray.remote(import_modules).remote(()), self._keeper.preload.remote(())]
         ray.get(first, timeout=_START_S)
-        self._listeners = self._check_listeners()
+        if config.address:
+            found = cluster.check(config, _START_S)
+            self._listeners, self._nodes = found.listeners, found.nodes
+            self._num_cpus = found.cpus
+        else:
+            self._listeners = self._check_listeners()
         self._start_s = time.monotonic() - started
 
     def _check_listeners(self) -> list[str]:
@@ -134,11 +146,19 @@ class RayEngine:
             "engine": "ray",
             "ray": self._ray.__version__,
             "level": self._level.value,
-            "keys_hidden": self._level is not Level.NONE or not self._config.hidden,
+            "keys_hidden": self._keys_hidden(),
             "listeners": self._listeners,
             "start_s": round(self._start_s, 3),
-            "num_cpus": self._config.num_cpus,
+            "num_cpus": self._num_cpus,
+            "address": self._config.address,
+            "nodes": self._nodes,
         }
+
+    def _keys_hidden(self) -> bool:
+        """Whether no task can read them; those of a cluster that run on this host may."""
+        if not self._config.hidden:
+            return True
+        return self._level is not Level.NONE and not self._config.address
 
     def _new_keeper(self) -> Any:
         # It needs no CPU of Ray's, or on a machine with one all tasks would wait for it for ever.
@@ -166,11 +186,17 @@ class RayEngine:
                 raise
             finally:
                 self._keeper_free.release()
-        remote = self._run.options(num_cpus=1, max_retries=1)
+        strategy = "SPREAD" if self._config.address else "DEFAULT"
+        remote = self._run.options(num_cpus=1, max_retries=1, scheduling_strategy=strategy)
         return self._get([remote.remote(spec, text) for text in texts], timeout_s)
 
     def isolated(self, spec: str, text: str, limits: Limits, timeout_s: float) -> dict[str, Any]:
-        """One task that starts the plug-in's own process."""
+        """One task that starts the plug-in's own process; with a cluster it is started here.
+
+        Here is where the keys are known to be hidden, and where a network can be taken away.
+        """
+        if self._config.address:
+            return run_isolated(spec, text, limits, self._cell)
         remote = self._isolate.options(num_cpus=1, max_retries=0)
         refs = [remote.remote(spec, text, limits, self._cell)]
         outcome: dict[str, Any] = self._get(refs, max(timeout_s, limits.seconds + _QUEUE_S))[0]
@@ -201,18 +227,20 @@ class RayEngine:
 
 def _set_environment(config: ComputeConfig) -> None:
     """Must run before Ray is imported: it reads most of these then."""
-    token = Path(config.temp_dir, "token")
-    fd = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w") as stream:
-        stream.write(secrets.token_hex(32))
+    token = config.token_file
+    if not config.address:
+        token = str(Path(config.temp_dir, "token"))
+        fd = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        # Despite its name it also works on Linux: Ray 2.60 then takes 127.0.0.1 for the
+        # node's address and listens there only. Without it `_node_ip_address` is ignored.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            # Despite its name it also works on Linux: Ray 2.60 then takes 127.0.0.1 for the
-            # node's address and listens there only. Without it `_node_ip_address` is ignored.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_AUTH_TOKEN_PATH": token,
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_ROTATION_MAX_BYTES": str(2**20),
             "RAY_ROTATION_BACKUP_COUNT": "1",

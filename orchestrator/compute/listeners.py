@@ -98,8 +98,19 @@ def host_addresses() -> list[Address]:
     return sorted((a for a in found if not a.is_loopback), key=lambda a: (a.version, a))
 
 
+STOPPED = (
+    "It was stopped. Either let the daemon create namespaces (unshare is refused on this host: allow "
+    "user namespaces), or let nobody in but to the orchestrator's own port (nft add rule inet filter "
+    'input iifname != "lo" tcp dport != { 22, ORCHESTRATOR_PORT } ct state new drop) and then'
+)
+"""What to do about a Ray of the daemon's own."""
+
+
 def require_private(
-    listeners: Sequence[Listener], hosts: Sequence[Address], private_networks: Sequence[str]
+    listeners: Sequence[Listener],
+    hosts: Sequence[Address],
+    private_networks: Sequence[str],
+    remedy: str = STOPPED,
 ) -> None:
     """Refuses listeners that a stranger could reach.
 
@@ -127,11 +138,8 @@ def require_private(
         reached = ", ".join(sorted({str(address) for address in exposed.values()}))
         raise ComputeExposed(
             f"Ray listens on {where}, which others can reach at {reached}, and it runs code that "
-            "it is sent. It was stopped. Either let the daemon create namespaces (unshare is "
-            "refused on this host: allow user namespaces), or let nobody in but to the "
-            'orchestrator\'s own port (nft add rule inet filter input iifname != "lo" tcp dport '
-            "!= { 22, ORCHESTRATOR_PORT } ct state new drop) and then name the networks that you "
-            'trust, for example `private_networks = ["10.0.0.0/8"]` under [ray]',
+            f"it is sent. {remedy} name the networks that you trust, for example "
+            '`private_networks = ["10.0.0.0/8"]` under [ray]',
             where=where,
             reached=reached,
             uid=os.geteuid(),

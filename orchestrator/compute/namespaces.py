@@ -67,8 +67,8 @@ def effective_capabilities() -> int:
     return 0
 
 
-def unshare(*, process_ids: bool) -> None:
-    """Leaves the host's network and mounts; with ``process_ids``, the next child its ids too.
+def unshare(*, process_ids: bool, network: bool = True) -> None:
+    """Leaves the host's mounts; with ``network`` its network, with ``process_ids`` the next child its ids.
 
     A process without CAP_SYS_ADMIN gets a user namespace first, in which its own user and group
     keep their numbers: files that it makes look the same from both sides.
@@ -76,7 +76,8 @@ def unshare(*, process_ids: bool) -> None:
     Raises:
         OSError: The host doesn't grant it.
     """
-    flags = _CLONE_NEWNET | _CLONE_NEWNS | (_CLONE_NEWPID if process_ids else 0)
+    flags = _CLONE_NEWNS | (_CLONE_NEWPID if process_ids else 0)
+    flags |= _CLONE_NEWNET if network else 0
     privileged = effective_capabilities() >> _CAP_SYS_ADMIN & 1
     uid, gid = os.geteuid(), os.getegid()
     if not privileged:

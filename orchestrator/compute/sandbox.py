@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import psutil
 
-from orchestrator.compute.config import Level, Limits
+from orchestrator.compute.config import CONFINED, Level, Limits
 from orchestrator.compute.supervise import end_session
 
 _POLL_S = 0.2  # how often the memory of the process tree is summed
@@ -43,7 +43,7 @@ class Cell:
     """
 
     hidden: tuple[str, ...] = ()
-    levels: tuple[Level, ...] = tuple(Level)
+    levels: tuple[Level, ...] = CONFINED
     reachable_keys: bool = False
 
 

@@ -60,8 +60,9 @@ class Jail:
         """Closes off the calling process; process ids from its next child on."""
         if level is Level.NONE:
             return
-        namespaces.unshare(process_ids=level is Level.NAMESPACES)
-        if self.loopback:
+        network = level is not Level.MOUNTS
+        namespaces.unshare(process_ids=level is Level.NAMESPACES, network=network)
+        if self.loopback and network:
             namespaces.loopback_up()
         for folder in self.hidden:
             namespaces.cover(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def _one(
     limits = Limits(
         seconds=engine.config.plugins.seconds,
         memory_bytes=engine.config.plugins.memory_bytes,
-        threads=engine.workers,
+        threads=min(engine.workers, os.cpu_count() or 1),  # of this host, also with a cluster
     )
     with engine.scratch(f"refine-{planned.name}-{name}") as folder:
         out = folder / "out"

@@ -35,6 +35,9 @@ class TopK(Codec):
     its k values, fp32 and a 16-bit position: 66 times fewer than fp32 with a fraction of 0.01. At the
     site the residual takes 4 bytes a parameter, on disk and while encoding.
 
+    A parameter that is never large comes every 1 / fraction rounds or so, and then with the sum of
+    what it missed: count on that many rounds, and on local work that does not overshoot by it.
+
     Degenerate case: ``fraction = 1`` sends every value as it is, in fp32.
 
     Departures: the paper takes the k largest of a whole vector; by pieces a site needs no second

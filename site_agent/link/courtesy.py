@@ -21,6 +21,12 @@ LEAST_BYTES_PER_S = 12_500.0
 SURE_S = 4.0
 """A transfer that was slow for so long, while heartbeats were late, is on a narrow line."""
 
+BASE_S = 600.0
+"""The least delay is that of so many seconds: a route may become a longer one."""
+
+REST_EVERY_S, REST_S = 240.0, 4.0
+"""A long transfer goes at half its pace now and then, or its own delay would become the least one."""
+
 BACK_OFF, GROW = 0.15, 0.05
 """Most change of the pace in a second, downwards and upwards."""
 
@@ -33,7 +39,8 @@ class Courtesy:
 
     def __init__(self) -> None:
         self.bytes_per_s = 0.0
-        self._least = float("inf")
+        self._least: deque[tuple[float, float]] = deque()  # when, and what: ever larger ones
+        self._rest_at = float("inf")
         self._seen: deque[tuple[float, int, bool]] = deque()
 
     def look(self, now: float, round_trip_s: float | None, moved: int, busy: bool) -> float:
@@ -50,8 +57,7 @@ class Courtesy:
         """
         if round_trip_s is None:
             return self.bytes_per_s
-        self._least = min(self._least, round_trip_s)
-        delay = round_trip_s - self._least
+        delay = round_trip_s - self._base(now, round_trip_s)
         if not busy:
             self._seen.clear()
             return self.bytes_per_s
@@ -60,14 +66,30 @@ class Courtesy:
         speed = max(0.0, (moved - had) / (now - before)) if now > before else 0.0
         while now - self._seen[0][0] > SURE_S:
             self._seen.popleft()
-        if self.bytes_per_s:
+        if self.bytes_per_s and now < self._rest_at:
             self._steer(delay, speed)
+        elif self.bytes_per_s:
+            self._seen.clear()
         elif now - before >= SURE_S and 0 < speed < NARROW_BYTES_PER_S:
             late = sum(is_late for _, _, is_late in self._seen)
             if 2 * late > len(self._seen):
                 self.bytes_per_s = max(LEAST_BYTES_PER_S, speed * (1 - BACK_OFF))
                 self._seen.clear()  # from now on it is counted on the wire
-        return self.bytes_per_s
+                self._rest_at = now + REST_EVERY_S
+        if now < self._rest_at:
+            return self.bytes_per_s
+        if now > self._rest_at + REST_S:
+            self._rest_at = now + REST_EVERY_S
+        return self.bytes_per_s / 2
+
+    def _base(self, now: float, round_trip_s: float) -> float:
+        """The least round trip of the last time, this one included."""
+        while self._least and self._least[-1][1] >= round_trip_s:
+            self._least.pop()
+        self._least.append((now, round_trip_s))
+        while now - self._least[0][0] > BASE_S:
+            self._least.popleft()
+        return self._least[0][1]
 
     def _steer(self, delay: float, speed: float) -> None:
         off = max(-1.0, min(1.0, (TARGET_S - delay) / TARGET_S))

@@ -253,6 +253,7 @@ class Sender:
             done += len(data)
             self.sent_bytes += len(data)
             self._ears.sending(entry, done, planned)
+        self.busy = False  # what follows is the orchestrator's time, not the line's
 
     def _settle(self, entry: Entry, answer: common_pb2.Answer) -> None:
         verdict = VERDICTS.get(answer.verdict)

@@ -1,6 +1,6 @@
 """A pace that leaves room for control, on a simulated line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -10,12 +10,15 @@ STEP = 0.05
 
 
 def simulate(
-    line: float, queue_s: float, seconds: float, base_s: float = 0.04
+    line: float,
+    queue_s: float,
+    seconds: float,
+    base_s: Callable[[float], float] = lambda second: 0.04,
 ) -> Iterator[tuple[float, float, float, float]]:
     """A transfer that always has more to send; gives second, delay, pace and bytes that came."""
     courtesy, queue, came, delay, pace = Courtesy(), 0.0, 0.0, 0.0, 0.0
     sent = 0.0
-    courtesy.look(-1.0, base_s, 0, False)
+    courtesy.look(-1.0, base_s(0), 0, False)
     for tick in range(int(seconds / STEP)):
         room = line * queue_s - queue + line * STEP
         offered = min(room, (pace or 1e12) * STEP)
@@ -24,7 +27,7 @@ def simulate(
         queue += offered - gone
         came += gone
         if tick % 20 == 0:
-            pace = courtesy.look(tick * STEP, base_s + delay, int(came), True)
+            pace = courtesy.look(tick * STEP, base_s(tick * STEP) + delay, int(came), True)
             yield tick * STEP, queue / line, pace, came
             delay = queue / line  # what is heard is older than what is
 
@@ -34,8 +37,24 @@ def simulate(
 def test_a_narrow_line_keeps_a_short_queue_and_is_used(line: float, queue_s: float) -> None:
     seen = list(simulate(line, queue_s, 120))
     assert all(delay < 0.5 for second, delay, _, _ in seen if second > 20)
-    at_20, at_end = next(c for s, _, _, c in seen if s >= 20), seen[-1][3]
-    assert (at_end - at_20) / (99 * line) > 0.85
+    assert used(seen, 20, line) > 0.85
+
+
+def used(seen: list[tuple[float, float, float, float]], since: float, line: float) -> float:
+    """How much of a line was used from some second on."""
+    begin = next(s for s in seen if s[0] >= since)
+    return (seen[-1][3] - begin[3]) / (seen[-1][0] - begin[0]) / line
+
+
+def test_its_own_delay_never_becomes_the_usual_one() -> None:
+    seen = list(simulate(250_000.0, 2.0, 3 * 3600))
+    assert all(delay < 0.5 for second, delay, _, _ in seen if second > 20)
+    assert used(seen, 20, 250_000.0) > 0.85
+
+
+def test_a_longer_route_does_not_starve_it() -> None:
+    seen = list(simulate(250_000.0, 0.4, 3600, lambda second: 0.04 if second < 300 else 0.6))
+    assert used(seen, 1000, 250_000.0) > 0.75
 
 
 @pytest.mark.parametrize("line", [1.2e7, 1e9])

@@ -129,14 +129,20 @@ def hello(protocol: int = 1) -> site_pb2.FromSite:
 
 
 class Attached:
-    """An open control stream."""
+    """An open control stream, on which some things are said."""
 
-    def __init__(self, channel: grpc.Channel, first: site_pb2.FromSite | None = None) -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        first: site_pb2.FromSite | None = None,
+        *more: site_pb2.FromSite,
+    ) -> None:
         self._end = threading.Event()
         first = first or hello()
 
         def said() -> Iterator[site_pb2.FromSite]:
             yield first
+            yield from more
             self._end.wait()
 
         self.stream = site_pb2_grpc.ControlStub(channel).Attach(said(), timeout=CALL_S)
@@ -287,6 +293,18 @@ def test_the_newest_stream_of_a_site_is_the_true_one(doors: Doors) -> None:
         assert list(first.stream) == []
         assert {s.name: s.state for s in doors.federation.client.sites()}["east"] == "attached"
         second.close()
+
+
+def test_a_heartbeat_comes_back(doors: Doors) -> None:
+    # The one without a number only says that the site is paused.
+    beats = [site_pb2.FromSite(heartbeat=site_pb2.Heartbeat(sequence=n)) for n in (0, 7, 8)]
+    with doors.as_site(doors.sites["east"]) as channel:
+        stream = Attached(channel, hello(), *beats)
+        told = (
+            message.heartbeat.sequence for message in stream.stream if message.HasField("heartbeat")
+        )
+        assert [next(told), next(told)] == [7, 8]
+        stream.close()
 
 
 def test_an_agent_of_another_protocol_is_told_what_to_do(doors: Doors) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from protos.manifest import CHUNK_BYTES
 from protos.plan import Plan, Work
 from protos.v1 import site_pb2
 from tests.support.proxy import Direction, Proxy
-from tests.support.sites import RunningAgent, ask, base_of, plan_of, write_config
+from tests.support.sites import RunningAgent, ask, base_of, plan_of, site_command, write_config
 from tests.support.tiny_orchestrator import TinyOrchestrator
 
 pytestmark = pytest.mark.timeout(240)
@@ -178,6 +179,9 @@ def test_a_window_that_closes_pauses_and_loses_nothing(site: Site, way: str) -> 
     waiting = next(p for p in site.progress(plan) if p.waits_until)
     state = {"down": site_pb2.Progress.FETCHING, "up": site_pb2.Progress.SENDING}[way]
     assert waiting.state == state
+    words = site_command("status", "--home", str(site.home))
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "no window is open, models and contributions wait until" in said
     status = ask(site.home, "status")
     assert status["attached"]
     assert not status["network"]["open"]

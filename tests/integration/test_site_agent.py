@@ -389,7 +389,11 @@ def test_task_test_trains_a_step(site: Site) -> None:
 
 
 def test_doctor_finds_nothing(site: Site) -> None:
-    assert ask(site.home, "doctor")["ok"]
+    found = ask(site.home, "doctor")
+    assert found["ok"]
+    assert "up without a cap" in next(
+        f["message"] for f in found["findings"] if f["about"] == "network"
+    )
 
 
 def test_a_foreign_or_missing_orchestrator_is_diagnosed(site: Site, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from protos.manifest import CHUNK_BYTES, Index, Manifest
 RUNS_PER_WORKER = 4
 """Runs of tiles for each worker: few enough that their cost does not show, enough to balance."""
 
-RUN_BYTES = 64 << 20
-"""What a run reads at least: it takes ten times as long as the call. A model that needs no more than
+RUN_BYTES = 32 << 20
+"""What a run reads at least: it takes some times as long as the call. A model that needs no more than
 this is reduced by one call for all passes together."""
 
 

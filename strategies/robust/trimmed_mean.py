@@ -11,6 +11,7 @@ from torch import Tensor
 
 from protos.manifest import Tile
 from strategies.protocol import Family, Need, Strategy
+from strategies.robust.order import BLOCK, sort_rows, sort_with_rows
 from strategies.stack import weighted_mean
 
 
@@ -50,16 +51,24 @@ class TrimmedMean(Strategy):
 
     def reduce(self, stack: Tensor, weights: Tensor, tile: Tile) -> Tensor:
         """Sort each coordinate, drop both ends, average the rest in fp64."""
-        stack, weights = stack[weights > 0], weights[weights > 0]
+        stack, weights = stack[weights > 0], weights[weights > 0].to(torch.float64)
         n = len(stack)
         if n == 0:
             return torch.zeros(tile.elements, dtype=torch.float64)
         drop = min(int(self.trim * n), (n - 1) // 2)
         if drop == 0 and self.trim < 0.5:
             return weighted_mean(stack, weights)
-        order = torch.sort(stack, dim=0, stable=True)
-        kept = order.values[drop : n - drop].to(torch.float64)
-        if self.trim == 0.5:
-            return kept.mean(dim=0)
-        shares = weights.to(torch.float64)[order.indices[drop : n - drop]]
-        return (kept * shares).sum(dim=0) / shares.sum(dim=0)
+        out = torch.empty(tile.elements, dtype=torch.float64)
+        for start in range(0, tile.elements, BLOCK):
+            rows = stack[:, start : start + BLOCK]
+            if self.trim == 0.5:
+                middle = sort_rows(rows.clone())[drop : n - drop]
+                out[start : start + BLOCK] = torch.stack(middle).to(torch.float64).mean(dim=0)
+                continue
+            total, weight = torch.zeros(2, rows.shape[1], dtype=torch.float64)
+            for values, sites in sort_with_rows(rows, drop, n - drop):
+                shares = weights[sites]
+                total.addcmul_(values.to(torch.float64), shares)
+                weight += shares
+            out[start : start + BLOCK] = total / weight
+        return out

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from protos.manifest import Manifest, TensorSpec
 from strategies.context import Moment
 from strategies.outer.fedavgm import FedAvgM
+from strategies.robust.order import BLOCK, sort_rows, sort_with_rows
 from strategies.robust.trimmed_mean import TrimmedMean
 from strategies.stack import weighted_mean
 
@@ -110,3 +111,42 @@ def test_a_site_without_weight_has_no_say() -> None:
     weights = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
     assert TrimmedMean(trim=0.5).reduce(rows, weights, TILE).tolist() == [1.5] * 3
     assert TrimmedMean().reduce(rows, torch.zeros(3).double(), TILE).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("n", range(1, 20))
+def test_the_network_sorts_every_order_of_zeros_and_ones(n: int) -> None:
+    """Then it sorts everything (Knuth's 0-1 principle); beyond 2^12 columns a sample of them."""
+    generator = torch.Generator().manual_seed(n)
+    columns = torch.arange(2**n) if n <= 12 else torch.randint(2**n, (2**12,), generator=generator)
+    rows = (columns[None, :] >> torch.arange(n)[:, None]) & 1
+    expected = rows.sort(dim=0).values
+    assert torch.equal(torch.stack(sort_rows(rows.clone())), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
+def test_values_keep_their_rows(n: int, dtype: torch.dtype) -> None:
+    """As a stable sort has them, with ties, both signs, tiny and huge values."""
+    generator = torch.Generator().manual_seed(n)
+    rows = torch.randint(-3, 4, (n, 500), generator=generator).to(dtype)
+    rows *= torch.tensor([1e-42, 1e-3, 1.0, 1e38]).to(dtype).repeat(125)
+    rows += 0.0  # no zeros of negative sign
+    expected = rows.sort(dim=0, stable=True)
+    for rank, (values, sites) in enumerate(sort_with_rows(rows, 0, n)):
+        assert torch.equal(values, expected.values[rank])
+        assert torch.equal(sites, expected.indices[rank])
+
+
+def test_blocks_of_coordinates_do_not_show() -> None:
+    elements = 2 * BLOCK + 77
+    tile = Manifest((TensorSpec("w", (elements,), "float32"),)).tiles[0]
+    rows = torch.randn(6, elements, generator=torch.Generator().manual_seed(3))
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.05, 0.2], dtype=torch.float64)
+    order = rows.double().sort(dim=0, stable=True)
+    kept, shares = order.values[1:5], weights[order.indices[1:5]]
+    expected = (kept * shares).sum(dim=0) / shares.sum(dim=0)
+    torch.testing.assert_close(
+        TrimmedMean(trim=0.2).reduce(rows, weights, tile), expected, rtol=1e-14, atol=1e-15
+    )
+    middle = order.values[2:4].mean(dim=0)
+    assert torch.equal(TrimmedMean(trim=0.5).reduce(rows, weights, tile), middle)

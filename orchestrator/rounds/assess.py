@@ -81,12 +81,14 @@ def _exchange(
 def _evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool) -> dict[str, Any]:
     row = planned.row
     rows = engine.ledger.contributions(row.run, row.round, row.attempt, kind)
-    sites = [
-        {
-            "site": c.site,
-            "examples": Header.decode(c.header).examples,
-            "payloads": payload_specs(engine, c),
-        }
-        for c in sorted(rows, key=lambda c: c.site)
-    ]
-    return engine.ask("assess", {"stack": planned.stack, "sites": sites, "calibrate": calibrate})
+    with engine.scratch(f"assess-{planned.name}") as folder:
+        sites = [
+            {
+                "site": c.site,
+                "examples": Header.decode(c.header).examples,
+                "payloads": payload_specs(engine, c, folder),
+            }
+            for c in sorted(rows, key=lambda c: c.site)
+        ]
+        args = {"stack": planned.stack, "sites": sites, "calibrate": calibrate}
+        return engine.ask("assess", args)

@@ -142,7 +142,7 @@ class Engine:
             index = self.store.index(digest)
             out[place] = {
                 "manifest": str(self.manifest_file(folder, index.manifest)),
-                "path": str(self.store.path(digest)),
+                "path": str(self.store.lend(digest, folder)),
             }
         return out
 
@@ -271,11 +271,11 @@ class Assessment:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def payload_specs(engine: Engine, row: ContributionRow) -> dict[str, dict[str, Any]]:
-    """Where each side payload of a contribution lies."""
+def payload_specs(engine: Engine, row: ContributionRow, folder: Path) -> dict[str, dict[str, Any]]:
+    """Where each side payload of a contribution lies, for whoever works in a scratch folder."""
     header = Header.decode(row.header)
     spans = header.tail_spans(row.nbytes)
-    path = str(engine.store.path(row.index))
+    path = engine.store.place(row.index, folder) if header.payloads else ""
     return {
         p.name: {
             "path": path,

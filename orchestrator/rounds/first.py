@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -140,35 +141,38 @@ def _from_site(
 
 def _take_apart(engine: Engine, run: RunRow, row: ContributionRow) -> Model:
     """The parts of a model that a site sent as one contribution."""
-    header = Header.decode(row.header)
-    specs = payload_specs(engine, row)
-    path = engine.store.path(row.index)
+    with engine.scratch(f"first-{run.id}") as folder:
+        path = engine.store.lend(row.index, folder)
+        return engine.adopt_parts(_parts(row, payload_specs(engine, row, folder), path, folder))
 
+
+def _parts(
+    row: ContributionRow, specs: dict[str, dict[str, Any]], path: Path, folder: Path
+) -> dict[str, dict[str, str]]:
     def read(name: str) -> bytes:
-        spec = specs[name]
-        return engine.store.read_range(row.index, spec["offset"], spec["offset"] + spec["nbytes"])
+        start = specs[name]["offset"]
+        with path.open("rb") as file:
+            return os.pread(file.fileno(), specs[name]["nbytes"], start)
 
     manifest = Manifest.decode(read("init/manifest"))
     start = min(s["offset"] for s in specs.values())
-    if start != manifest.nbytes or manifest.digest != header.manifest:
+    if start != manifest.nbytes or manifest.digest != Header.decode(row.header).manifest:
         raise ContributionRefused(
             f"site {row.site}: its first model has {start} bytes where its manifest says "
             f"{manifest.nbytes}",
             site=row.site,
         )
-    parts = {}
-    with engine.scratch(f"first-{run.id}") as folder:
-        parts["shared"] = _part(folder / "shared.data", path, 0, start, manifest)
-        for place in ("frozen", "orchestrator"):
-            spec = specs.get(f"init/{place}")
-            if spec is None:
-                continue
-            part = Manifest.decode(read(f"init/{place}_manifest"))
-            if spec["nbytes"] != part.nbytes:
-                raise InvalidInput(f"site {row.site}: the {place} part does not fit its manifest")
-            at = spec["offset"]
-            parts[place] = _part(folder / f"{place}.data", path, at, at + part.nbytes, part)
-        return engine.adopt_parts(parts)
+    parts = {"shared": _part(folder / "shared.data", path, 0, start, manifest)}
+    for place in ("frozen", "orchestrator"):
+        spec = specs.get(f"init/{place}")
+        if spec is None:
+            continue
+        part = Manifest.decode(read(f"init/{place}_manifest"))
+        if spec["nbytes"] != part.nbytes:
+            raise InvalidInput(f"site {row.site}: the {place} part does not fit its manifest")
+        at = spec["offset"]
+        parts[place] = _part(folder / f"{place}.data", path, at, at + part.nbytes, part)
+    return parts
 
 
 def _part(out: Path, source: Path, start: int, stop: int, manifest: Manifest) -> dict[str, str]:

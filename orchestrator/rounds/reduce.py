@@ -83,10 +83,10 @@ def job_of(
         engine.board.note(
             header.site, examples=header.examples, loss=header.metrics.get("train_loss")
         )
-    payloads = [payload_specs(engine, c) for c in rows]
+    payloads = [payload_specs(engine, c, folder) for c in rows]
     return {
         "manifest": str(engine.manifest_file(folder, draft["manifest"])),
-        "base": str(store.path(planned.base.shared)),
+        "base": store.place(planned.base.shared, folder),
         "stack": planned.stack,
         "whole_stack": planned.whole_stack,
         "covered": draft["covered"],
@@ -96,7 +96,7 @@ def job_of(
         "sources": [
             {
                 "site": c.site,
-                "payload": str(store.path(c.index)),
+                "payload": store.place(c.index, folder),
                 "header": str(engine.header_file(folder, c)),
             }
             for c in rows
@@ -105,7 +105,7 @@ def job_of(
         "state": {
             "manifest": str(folder / "state.manifest"),
             "out": str(store.scratch(f"{planned.name}-state")),
-            "before": str(store.path(before)) if before else "",
+            "before": store.place(before, folder) if before else "",
             "before_manifest": store.index(before).manifest if before else "",
         },
         "cohort": {

@@ -65,12 +65,12 @@ def _one(
                 "strategy": name,
                 "round": planned.row.round,
                 "parts": engine.part_args(folder, candidate.model),
-                "base": str(engine.store.path(planned.base.shared)),
+                "base": str(engine.store.lend(planned.base.shared, folder)),
                 "covered": planned.row.draft["covered"],
                 "sources": [
                     {
                         "site": c.site,
-                        "payload": str(engine.store.path(c.index)),
+                        "payload": str(engine.store.lend(c.index, folder)),
                         "header": str(engine.header_file(folder, c)),
                         "weights": [candidate.weights[c.site]],
                     }

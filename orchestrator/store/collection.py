@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.store.blobs import Blob
 from orchestrator.views import Collected
-from protos.digest import is_digest
-from protos.errors import FarflungError
+from protos.errors import DataCorrupt, NotFound
 
 if TYPE_CHECKING:
     from orchestrator.store.store import Store
@@ -19,45 +18,37 @@ COLLECTED = "collected: nothing refers to it"
 def collect(store: Store, keep: set[str], dry_run: bool, grace_s: float) -> Collected:
     """See `Store.collect`, which holds the lock."""
     youngest = time.time() - grace_s
-    artefacts = _found(store.root / "artefacts", "*/*.index")
-    kept = {name: path for name, path in artefacts.items() if _stays(name, path, keep, youngest)}
+    files = [blob for blob in store.blobs.list("artefacts") if blob.digest]
+    artefacts = {blob.digest: blob for blob in files if blob.key.endswith(".index")}
+    kept = {name for name, blob in artefacts.items() if _stays(blob, keep, youngest)}
     needed = keep | {_manifest_of(store, name) for name in kept}
-    others = _found(store.root / "manifests", "*.json") | _found(store.root / "objects", "*")
-    also = {name for name, path in others.items() if _stays(name, path, needed, youngest)}
+    documents = [*store.blobs.list("manifests"), *store.blobs.list("objects")]
+    others = {blob.digest: blob for blob in documents if blob.digest}
+    also = {name for name, blob in others.items() if _stays(blob, needed, youngest)}
 
-    going = sorted((artefacts.keys() - kept.keys()) | (others.keys() - also))
+    going = (artefacts.keys() - kept) | (others.keys() - also)
     # Data whose index never came is of no use to anybody.
-    orphans = [
-        path
-        for name, path in _found(store.root / "artefacts", "*/*.data").items()
-        if name not in artefacts and path.stat().st_mtime < youngest
-    ]
-    files = [path for name in going for path in store._paths(name) if path.exists()] + orphans
-    nbytes = sum(path.stat().st_size for path in files)
+    orphans = [b for b in files if b.digest not in artefacts and b.modified < youngest]
+    waste = [blob for blob in (*files, *others.values()) if blob.digest in going] + orphans
     if not dry_run:
-        for name in going:
+        for name in sorted(going):
             store.erase(name, COLLECTED)
-        for path in orphans:
-            path.unlink()
+        store.blobs.remove([blob.key for blob in orphans])
     return Collected(
         dry_run=dry_run,
-        files=len(files),
-        bytes=nbytes,
+        files=len(waste),
+        bytes=sum(blob.nbytes for blob in waste),
         kept=len(kept) + len(also),
-        names=tuple(going),
+        names=tuple(sorted(going)),
     )
 
 
-def _found(folder: Path, pattern: str) -> dict[str, Path]:
-    return {path.stem: path for path in folder.glob(pattern) if is_digest(path.stem)}
-
-
-def _stays(name: str, path: Path, keep: set[str], youngest: float) -> bool:
-    return name in keep or path.stat().st_mtime >= youngest
+def _stays(blob: Blob, keep: set[str], youngest: float) -> bool:
+    return blob.digest in keep or blob.modified >= youngest
 
 
 def _manifest_of(store: Store, name: str) -> str:
     try:
         return store.index(name).manifest
-    except FarflungError:
+    except (DataCorrupt, NotFound):
         return ""  # a damaged index is for verify() to report; it can't name a manifest

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from protos.errors import OutOfSpace
-from protos.spares import Spares
 
 
 class Reservation:
@@ -32,11 +31,11 @@ class Space:
 
     Args:
         folder: A folder on it.
-        spares: Files there that go when room is short.
+        make_room: Called when room is short; gives the bytes that it freed.
     """
 
-    def __init__(self, folder: Path, spares: Spares) -> None:
-        self._folder, self._spares = folder, spares
+    def __init__(self, folder: Path, make_room: Callable[[], int]) -> None:
+        self._folder, self._make_room = folder, make_room
         self._lock = threading.Lock()
         self._open: set[Reservation] = set()
 
@@ -51,7 +50,7 @@ class Space:
             free = shutil.disk_usage(self._folder).free
             reserved = sum(one.nbytes for one in self._open)
             if nbytes > free - reserved:
-                free += self._spares.clear()
+                free += self._make_room()
             if nbytes > free - reserved:
                 raise OutOfSpace(
                     f"{self._folder}: {nbytes} bytes are needed, {free} are free and {reserved} of"

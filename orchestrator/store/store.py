@@ -1,15 +1,18 @@
-"""The store: content-addressed files in one folder; S3 comes later behind the same methods.
+"""The store: content-addressed bytes in a folder, or in a bucket with a folder beside it.
 
     artefacts/ab/<digest>.index    the index, canonical JSON; its digest is the artefact's name
     artefacts/ab/<digest>.data     the bytes
     manifests/<digest>.json        manifests, canonical JSON
     objects/<digest>               small documents
     tombstones/<digest>            what was erased: when and why
+
+The folder has in any case
+
     scratch/                       unfinished files, on the same file system
     spare/                         files that the next contributions are written over
 
-A name appears only with complete, durable bytes behind it: write, sync, rename, sync the folder.
-Only the daemon changes the store; reducers open the same folder and read.
+A name appears only with complete, durable bytes behind it: an artefact's index comes after its data.
+Only the daemon changes the store; reducers read.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from orchestrator.store.blobs import Blobs
 from orchestrator.store.collection import COLLECTED, collect
+from orchestrator.store.folder import Folder
 from orchestrator.store.space import Reservation, Space
 from orchestrator.store.tombstones import Tombstones
 from orchestrator.views import Collected
-from protos.chunks import sync_folder, write_durably
 from protos.digest import Bytes, is_digest
 from protos.digest import digest as digest_of
 from protos.errors import DataCorrupt, InvalidInput, NotFound, OutOfSpace
@@ -36,7 +40,8 @@ from protos.spares import Spares
 SPARES = 256
 """Files in ``spare``: about what the sites of one round contribute."""
 
-FOLDERS = ("artefacts", "manifests", "objects", "tombstones", "scratch")
+VERIFY_CHUNKS = 16
+"""Chunks that `Store.verify` reads at once."""
 
 
 class Store:
@@ -47,16 +52,20 @@ class Store:
 
     Args:
         root: The folder.
+        blobs: Where the bytes lie; in the folder, if not given.
+
+    Attributes:
+        blobs: As given.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, blobs: Blobs | None = None) -> None:
         self.root = root.absolute()
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in FOLDERS:
-            (self.root / name).mkdir(exist_ok=True)
-        self._tombstones = Tombstones(self.root / "tombstones")
+        (self.root / "scratch").mkdir(exist_ok=True)
+        self.blobs: Blobs = blobs or Folder(self.root)
+        self._tombstones = Tombstones(self.blobs)
         self.spares = Spares(self.root / "spare", SPARES)
-        self._space = Space(self.root, self.spares)
+        self._space = Space(self.root, lambda: self.spares.clear() + self.blobs.spare())
         self._lock = threading.RLock()  # among the daemon's threads: adopt, erase, collect
         self._scratches = 0
 
@@ -64,12 +73,12 @@ class Store:
 
     def put_manifest(self, manifest: Manifest) -> str:
         """Store a manifest; gives its digest."""
-        self._put(self._manifest_path(manifest.digest), manifest.encoded)
+        self._put(_manifest_key(manifest.digest), manifest.digest, manifest.encoded)
         return manifest.digest
 
     def manifest(self, digest: str) -> Manifest:
         """A manifest."""
-        return Manifest.decode(self._get(self._manifest_path(digest), digest, "manifest"))
+        return Manifest.decode(self._get(_manifest_key(digest), digest, "manifest"))
 
     # --------------------------------------------------------------------------- artefacts
 
@@ -90,22 +99,20 @@ class Store:
                 f" {index.nbytes}",
                 artefact=index.digest,
             )
-        name, at = index.digest, self._data_path(index.digest)
+        name = index.digest
         with self._lock, _room(self.root):
             if name in self:
-                os.utime(self._index_path(name))  # collect() must see that it is wanted again
-                if data.absolute() != at:
+                # collect() must see that it is wanted again
+                self.blobs.put(_index_key(name), index.encoded)
+                if data.absolute() != self.root / _data_key(name):
                     data.unlink()
                 return name
-            with data.open("rb") as file:
-                os.fsync(file.fileno())  # costs nothing if it was synced before, as it should be
-            if not at.parent.exists():
-                at.parent.mkdir(exist_ok=True)
-                sync_folder(at.parent.parent)
-            # The index first: data under its name is then never without one.
-            write_durably(self._index_path(name), index.encoded)
-            data.rename(at)
-            sync_folder(at.parent)
+        with _room(self.root):
+            self.blobs.put_file(_data_key(name), data)  # may take long: nobody waits for it
+        with self._lock, _room(self.root):
+            if self.blobs.size(_data_key(name)) != size:
+                raise NotFound(f"artefact {name[:12]} was erased while it came", digest=name)
+            self.blobs.put(_index_key(name), index.encoded)
             self._tombstones.lift(name)
         return name
 
@@ -121,49 +128,52 @@ class Store:
 
     def index(self, digest: str) -> Index:
         """The index of an artefact."""
-        return Index.decode(self._get(self._index_path(digest), digest, "artefact"))
+        return Index.decode(self._get(_index_key(digest), digest, "artefact"))
 
     def path(self, digest: str) -> Path:
-        """The file of an artefact, to be read only."""
-        if digest not in self:
-            raise self._missing(digest, "artefact")
-        return self._data_path(digest)
+        """A file with an artefact's bytes, to be read only and soon."""
+        return self.blobs.file(_data_key(digest), self._here(digest))
+
+    def lend(self, digest: str, folder: Path) -> Path:
+        """A file with an artefact's bytes, to be read only, for whoever works in ``folder``."""
+        return self.blobs.lend(_data_key(digest), self._here(digest), folder)
+
+    def place(self, digest: str, folder: Path) -> str:
+        """Where whoever works in ``folder`` reads ranges of an artefact: `places.open_place`."""
+        return self.blobs.place(_data_key(digest), self._here(digest), folder)
 
     def __contains__(self, digest: object) -> bool:
         """Whether an artefact of that digest is here."""
         if not isinstance(digest, str) or not is_digest(digest):
             return False
         return (
-            self._data_path(digest).exists()
-            and self._index_path(digest).exists()
+            self.blobs.size(_index_key(digest)) is not None
+            and self.blobs.size(_data_key(digest)) is not None
             and self._tombstones.reason(digest) is None
         )
+
+    def _here(self, digest: str) -> Index:
+        if digest not in self:
+            raise self._missing(digest, "artefact")
+        return self.index(digest)
 
     def read_range(self, digest: str, start: int, stop: int) -> bytes:
         """Bytes of an artefact, from ``start`` to before ``stop``.
 
         Raises:
             InvalidInput: The range is not within the artefact.
-            DataCorrupt: The file is shorter than its index says.
+            DataCorrupt: There are fewer than its index says.
         """
-        try:
-            fd = os.open(self._data_path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise self._missing(digest, "artefact") from None
-        parts = []
-        try:
-            size = os.fstat(fd).st_size
-            if start < 0 or stop < start or stop > size:
-                self._bad_range(digest, start, stop, size)
-            while start < stop:  # one read gives at most 2 GiB
-                part = os.pread(fd, stop - start, start)
-                if not part:
-                    self._bad_range(digest, start, stop, start)
-                parts.append(part)
-                start += len(part)
-        finally:
-            os.close(fd)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        index = self.index(digest)
+        if not 0 <= start <= stop <= index.nbytes:
+            raise InvalidInput(
+                f"artefact {digest[:12]} has {index.nbytes} bytes, {start} to {stop} are not"
+                " within it"
+            )
+        data = self._read(digest, start, stop)
+        if len(data) < stop - start:
+            raise _damaged(digest, (start + len(data)) // CHUNK_BYTES)
+        return data
 
     def verify(self, digest: str) -> None:
         """Read an artefact and check every chunk.
@@ -171,26 +181,35 @@ class Store:
         Raises:
             DataCorrupt: A chunk is damaged or missing; the fact ``chunk`` is its number.
         """
-        index = self.index(digest)
-        with self.path(digest).open("rb", buffering=0) as file:
-            for number, expected in enumerate(index.chunks):
-                start, stop = index.span(number)
-                if digest_of(os.pread(file.fileno(), stop - start, start)) != expected:
-                    raise _damaged(digest, number)
-            if os.fstat(file.fileno()).st_size != index.nbytes:
-                raise _damaged(digest, len(index.chunks))
+        index = self._here(digest)
+        for first in range(0, len(index.chunks), VERIFY_CHUNKS):
+            expected = index.chunks[first : first + VERIFY_CHUNKS]
+            start = first * CHUNK_BYTES
+            stop = index.span(first + len(expected) - 1)[1]
+            view = memoryview(self._read(digest, start, stop))
+            for number, name in enumerate(expected):
+                if digest_of(view[number * CHUNK_BYTES :][:CHUNK_BYTES]) != name:
+                    raise _damaged(digest, first + number)
+        if self.blobs.size(_data_key(digest)) != index.nbytes:
+            raise _damaged(digest, len(index.chunks))
+
+    def _read(self, digest: str, start: int, stop: int) -> bytes:
+        try:
+            return self.blobs.read_range(_data_key(digest), start, stop)
+        except FileNotFoundError:
+            raise self._missing(digest, "artefact") from None
 
     # --------------------------------------------------------------------- small documents
 
     def put_bytes(self, data: Bytes) -> str:
         """Store a small document; gives its digest."""
         name = digest_of(data)
-        self._put(self._object_path(name), data)
+        self._put(_object_key(name), name, data)
         return name
 
     def get_bytes(self, digest: str) -> bytes:
         """A small document, checked."""
-        return self._get(self._object_path(digest), digest, "document")
+        return self._get(_object_key(digest), digest, "document")
 
     # ---------------------------------------------------------------------- unfinished work
 
@@ -212,11 +231,14 @@ class Store:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            for path in self.root.glob("*/**/.*.new"):  # of write_durably
-                freed += _size(path)
-                path.unlink()
-            for digest in self._tombstones.digests():  # an erasure that was cut off
-                freed += self._remove(digest)
+            freed += self.blobs.clean()
+            erased = self._tombstones.digests()
+            if erased:  # perhaps one that was cut off
+                prefixes = ("artefacts", "manifests", "objects")
+                blobs = [b for prefix in prefixes for b in self.blobs.list(prefix)]
+                left = [blob for blob in blobs if blob.digest in erased]
+                self.blobs.remove([blob.key for blob in left])
+                freed += sum(blob.nbytes for blob in left)
         return freed
 
     def reserve(self, nbytes: int) -> AbstractContextManager[Reservation]:
@@ -233,12 +255,12 @@ class Store:
         """Remove an artefact or a document for good and remember why. Twice is as once."""
         _check(digest)
         with self._lock:
-            here = any(path.exists() for path in self._paths(digest))
+            here = any(self.blobs.size(key) is not None for key in _keys(digest))
             if not here and self.erased(digest) is None:
                 raise self._missing(digest, "artefact or document")
             # The tombstone first: a reader in between hears "erased", never "not found".
             self._tombstones.put(digest, reason)
-            self._remove(digest)
+            self.blobs.remove(_keys(digest))
             self.spares.clear()  # what was collected before must be gone for good now, too
 
     def retire(self, digest: str) -> None:
@@ -246,8 +268,8 @@ class Store:
         with self._lock:
             if digest in self:
                 self._tombstones.put(digest, COLLECTED)
-                self.spares.give(self._data_path(digest))
-                self._remove(digest)
+                self.blobs.recycle(_data_key(digest), self.spares)
+                self.blobs.remove(_keys(digest))
 
     def erased(self, digest: str) -> str | None:
         """Why it was erased; None if it was not."""
@@ -264,57 +286,21 @@ class Store:
 
     # ---------------------------------------------------------------------------- underneath
 
-    def _index_path(self, digest: str) -> Path:
-        _check(digest)
-        return self.root / "artefacts" / digest[:2] / f"{digest}.index"
-
-    def _data_path(self, digest: str) -> Path:
-        return self._index_path(digest).with_suffix(".data")
-
-    def _manifest_path(self, digest: str) -> Path:
-        _check(digest)
-        return self.root / "manifests" / f"{digest}.json"
-
-    def _object_path(self, digest: str) -> Path:
-        _check(digest)
-        return self.root / "objects" / digest
-
-    def _paths(self, digest: str) -> tuple[Path, ...]:
-        """Every file that may stand for a digest, the index last: `_remove` can then go on."""
-        return (
-            self._data_path(digest),
-            self._object_path(digest),
-            self._manifest_path(digest),
-            self._index_path(digest),
-        )
-
-    def _remove(self, digest: str) -> int:
-        freed = 0
-        for path in self._paths(digest):
-            if path.exists():
-                freed += path.stat().st_size
-                path.unlink()
-                sync_folder(path.parent)
-        return freed
-
-    def _put(self, path: Path, data: Bytes) -> None:
+    def _put(self, key: str, digest: str, data: Bytes) -> None:
         with self._lock, _room(self.root):
-            if path.exists():
-                os.utime(path)
-            else:
-                write_durably(path, data)
-            self._tombstones.lift(path.stem)
+            self.blobs.put(key, data)
+            self._tombstones.lift(digest)
 
-    def _get(self, path: Path, digest: str, what: str) -> bytes:
+    def _get(self, key: str, digest: str, what: str) -> bytes:
         if self._tombstones.reason(digest) is not None:
             raise self._missing(digest, what)
         try:
-            data = path.read_bytes()
+            data = self.blobs.get(key)
         except FileNotFoundError:
             raise self._missing(digest, what) from None
         if digest_of(data) != digest:
             raise DataCorrupt(
-                f"{path}: its bytes do not have the digest that it is named by. Restore it from a"
+                f"{key}: its bytes do not have the digest that it is named by. Restore it from a"
                 " copy, or go back to an earlier round.",
                 artefact=digest,
             )
@@ -331,13 +317,30 @@ class Store:
             )
         return NotFound(f"{what} {digest[:12]} is not in the store", digest=digest)
 
-    def _bad_range(self, digest: str, start: int, stop: int, size: int) -> None:
-        index = self.index(digest)
-        if 0 <= start <= stop <= index.nbytes:
-            raise _damaged(digest, size // CHUNK_BYTES)
-        raise InvalidInput(
-            f"artefact {digest[:12]} has {index.nbytes} bytes, {start} to {stop} are not within it"
-        )
+
+def _index_key(digest: str) -> str:
+    _check(digest)
+    return f"artefacts/{digest[:2]}/{digest}.index"
+
+
+def _data_key(digest: str) -> str:
+    _check(digest)
+    return f"artefacts/{digest[:2]}/{digest}.data"
+
+
+def _manifest_key(digest: str) -> str:
+    _check(digest)
+    return f"manifests/{digest}.json"
+
+
+def _object_key(digest: str) -> str:
+    _check(digest)
+    return f"objects/{digest}"
+
+
+def _keys(digest: str) -> tuple[str, ...]:
+    """All that may stand for a digest, the index last: an erasure that was cut off can go on."""
+    return (_data_key(digest), _object_key(digest), _manifest_key(digest), _index_key(digest))
 
 
 def _check(digest: str) -> None:

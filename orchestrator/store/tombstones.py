@@ -4,41 +4,44 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
-from protos.chunks import sync_folder, write_durably
+from orchestrator.store.blobs import Blobs
 from protos.digest import canonical
+
+TOMBSTONES = "tombstones"
 
 
 class Tombstones:
-    """A folder with one small file per erased digest.
+    """One small blob per erased digest.
 
     Args:
-        folder: It must be there.
+        blobs: Where.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
 
     def reason(self, digest: str) -> str | None:
         """Why it was erased; None if it was not."""
         try:
-            return str(json.loads((self._folder / digest).read_bytes())["reason"])
+            return str(json.loads(self._blobs.get(_key(digest)))["reason"])
         except FileNotFoundError:
             return None
 
     def put(self, digest: str, reason: str) -> None:
         """Remember an erasure; the first reason stays."""
         if self.reason(digest) is None:
-            document = {"reason": reason, "time": time.time()}
-            write_durably(self._folder / digest, canonical(document))
+            self._blobs.put(_key(digest), canonical({"reason": reason, "time": time.time()}))
 
     def lift(self, digest: str) -> None:
         """Forget it: the bytes are back."""
-        if (self._folder / digest).exists():
-            (self._folder / digest).unlink(missing_ok=True)
-            sync_folder(self._folder)
+        if self._blobs.size(_key(digest)) is not None:
+            self._blobs.remove([_key(digest)])
 
-    def digests(self) -> list[str]:
+    def digests(self) -> set[str]:
         """All that was erased."""
-        return sorted(path.name for path in self._folder.iterdir() if path.name[0] != ".")
+        return {blob.digest for blob in self._blobs.list(TOMBSTONES)} - {""}
+
+
+def _key(digest: str) -> str:
+    return f"{TOMBSTONES}/{digest}"

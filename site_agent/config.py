@@ -206,11 +206,6 @@ class Allowance:
         """All but when it changes."""
         return self.is_open, self.up_mbit_per_s, self.down_mbit_per_s
 
-    @property
-    def is_capped(self) -> bool:
-        """Whether there is a cap in any direction."""
-        return bool(self.up_mbit_per_s or self.down_mbit_per_s)
-
 
 class NetworkSection(Section):
     """The table [network].

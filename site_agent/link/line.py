@@ -135,8 +135,8 @@ class Line:
         for mover in movers:
             if before.is_open != now.is_open:
                 mover.allowed(now.is_open)
-            elif now.is_capped:
-                mover.reconnect()  # a connection through the valve, made for this pace
+            else:
+                mover.reconnect()  # through the valve and made for this pace, or not through it
         return True
 
     def _leave_room(self, fetcher: Down, sender: Up, control: Control) -> None:
@@ -155,6 +155,5 @@ class Line:
                 event = "bulk leaves room on a narrow line" if pace else "the line is wide again"
                 facts = {"round_trip_s": control.round_trip_s, "mbit_per_s": pace / MBIT_BYTES}
                 self._journal.info(event, way=way, **facts)
-                if pace:
-                    mover.reconnect()  # through the valve
+                mover.reconnect()  # through the valve, or not any more
         control.hurried = any(c.bytes_per_s for c in self._courtesies.values())

@@ -24,7 +24,7 @@ AHEAD_S = 0.25
 """What the kernel may receive ahead of the pace: as much as a round trip of that length needs."""
 
 LEAST_AHEAD = 8 << 10
-DIAL_S = 20.0
+DIAL_S, AGAIN_S = 20.0, 1.0
 MOST_ANSWER = 64 << 10
 
 
@@ -48,7 +48,7 @@ class Valve:
         journal: Journal,
     ) -> None:
         self._path, self._address, self._up, self._down = path, address, up, down
-        self._journal = journal
+        self._journal, self._closed = journal, threading.Event()
         path.unlink(missing_ok=True)
         # A socket's path may have 107 bytes at most, a folder's any number: go through /proc.
         self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -71,12 +71,17 @@ class Valve:
         while True:
             try:
                 near, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                self._journal.error("the valve takes no connection", reason=str(error))
+                self._closed.wait(AGAIN_S)  # too many open files, perhaps
+                continue
             threading.Thread(target=self._connect, args=(near,), daemon=True).start()
 
     def close(self) -> None:
         """Take no more connections; those that are open end with gRPC's."""
+        self._closed.set()
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -26,8 +26,8 @@ class Codec(Strategy):
 
     With error feedback a site packs p = update + residual and keeps what is lost for its next
     contribution. The residual is site state: fp32, one number for each parameter, stored with the
-    contribution that it belongs to, and so found again under the plan's ``last_counted``. Nothing is
-    lost or sent twice if a contribution was late or refused.
+    contribution that it belongs to, and so found again under the plan's ``last_counted``: a
+    contribution that was late or refused takes nothing of it along.
 
     Attributes:
         error_feedback: Whether what is lost is added to the next update.

@@ -144,13 +144,20 @@ class Exchange:
 
     # -- the round's thread -------------------------------------------------------------------
 
-    def gather(self, rows: Sequence[PlanRow], quorum: int, seconds: float) -> Gathered:
+    def gather(
+        self,
+        rows: Sequence[PlanRow],
+        quorum: int,
+        seconds: float,
+        base: site_pb2.SmallModel | None = None,
+    ) -> Gathered:
         """Push the plans, wait for the answers, decide.
 
         Args:
             rows: The plans of one exchange.
             quorum: Least number of counted sites.
             seconds: Until the deadline.
+            base: The base of all the plans, if it is so small that it goes out with them.
         """
         sessions = self.sessions
         if sessions is None:
@@ -171,7 +178,10 @@ class Exchange:
                 self._show(row.site, "counted")
             elif row.answer:
                 machine = machine.failed(row.site, row.message or row.answer)
-            elif not sessions.send(row.site, _offer(row)):
+            elif sessions.send(row.site, _offer(row, base)):
+                if base is not None:
+                    self.moved(row.site, received=len(base.data))
+            else:
                 machine = machine.gone(row.site, now)
                 self._show(row.site, "gone")
         try:
@@ -217,5 +227,5 @@ class Exchange:
                 self.sessions.send(row.site, site_pb2.ToSite(cancel=message))
 
 
-def _offer(row: PlanRow) -> site_pb2.ToSite:
-    return site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan))
+def _offer(row: PlanRow, base: site_pb2.SmallModel | None) -> site_pb2.ToSite:
+    return site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan, base=base))

@@ -9,6 +9,7 @@ from orchestrator.exchange import Gathered
 from orchestrator.ledger import PlanKind
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, payload_specs
 from orchestrator.rounds.plan import plan_rows
+from orchestrator.small import small_model
 from orchestrator.views import Plugin
 from protos.contribution import Header
 
@@ -70,7 +71,8 @@ def _exchange(
         engine, planned, row.draft["cohort"], kind, candidate.model.shared, calibration
     )
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
-    gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s)
+    base = small_model(engine.store, candidate.model.shared)
+    gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s, base)
     if gathered.interrupted:
         return gathered  # it stays open: what comes meanwhile counts when it is gone on with
     engine.ledger.close_exchange(row.run, row.round, row.attempt, kind)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from orchestrator.exchange import Gathered
 from orchestrator.ledger import ContributionRow, PlanRow
 from orchestrator.rounds.engine import Engine, Planned
+from orchestrator.small import small_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
     if row.state != "planned":  # closed before a restart
         return closed_set(engine, planned, plans, row.reason)
     seconds = row.started + row.deadline_s - time.time()
-    gathered = engine.exchange.gather(plans, row.quorum, seconds)
+    base = small_model(engine.store, row.base)
+    gathered = engine.exchange.gather(plans, row.quorum, seconds, base)
     if gathered.interrupted or gathered.decision.kind != "close":
         return gathered
     reason = gathered.decision.reason

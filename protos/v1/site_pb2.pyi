@@ -403,17 +403,48 @@ class PlanOffer(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: builtins.int
+    BASE_FIELD_NUMBER: builtins.int
     plan: builtins.bytes
     """canonical JSON of protos/plan.py:Plan"""
+    @property
+    def base(self) -> Global___SmallModel:
+        """the plan's base if it is small; else, or if it is not there, FetchModel"""
+
     def __init__(
         self,
         *,
         plan: builtins.bytes = ...,
+        base: Global___SmallModel | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan", b"plan"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["base", b"base"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["base", b"base", "plan", b"plan"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PlanOffer: typing_extensions.TypeAlias = PlanOffer
+
+@typing.final
+class SmallModel(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """all of it"""
+    @property
+    def head(self) -> Global___ArtefactHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ArtefactHead | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["head", b"head"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["data", b"data", "head", b"head"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SmallModel: typing_extensions.TypeAlias = SmallModel
 
 @typing.final
 class Cancel(google.protobuf.message.Message):

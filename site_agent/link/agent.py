@@ -194,7 +194,7 @@ class Agent:
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):
             case "plan":
-                self._offered(message.plan.plan)
+                self._offered(message.plan.plan, message.plan.base)
             case "answer":
                 self._sender.apply(message.answer)
             case "cancel":
@@ -204,7 +204,7 @@ class Agent:
             case "renew":
                 threading.Thread(target=self._renew, name="renew", daemon=True).start()
 
-    def _offered(self, encoded: bytes) -> None:
+    def _offered(self, encoded: bytes, base: site_pb2.SmallModel | None = None) -> None:
         try:
             plan = Plan.decode(encoded)
         except FarflungError as error:
@@ -237,6 +237,8 @@ class Agent:
             "plan accepted", plan=plan.id, work=plan.work.model_dump(exclude_none=True)
         )
         self.moved(assignment, told(plan.id, site_pb2.Progress.WAITING))
+        if base is not None and base.HasField("head"):
+            self._fetcher.came(plan.base, base)
         self._worker.submit(assignment)
 
     def _cancelled(self, plan_id: str, reason: str) -> None:

@@ -113,6 +113,39 @@ def test_a_whole_round(site: Site) -> None:
     assert site_pb2.Progress.PREPARING in states
 
 
+def test_a_small_base_comes_with_its_plan_and_is_not_fetched(site: Site) -> None:
+    plan = site.plan(seed=101)
+    again = plan.model_copy(update={"attempt": 2})
+    fetches = len(site.orchestrator.fetches)
+    site.orchestrator.offer(plan, site.orchestrator.small(plan.base))
+    came = site.orchestrator.contribution(plan)
+    assert len(site.orchestrator.fetches) == fetches
+    other = site.plan(seed=102)
+    site.orchestrator.offer(other)
+    site.orchestrator.contribution(other)
+    assert len(site.orchestrator.fetches) == fetches + 1
+    site.orchestrator.offer(again)  # its base is still here
+    assert site.orchestrator.contribution(again)[2].digest == came[2].digest
+    assert len(site.orchestrator.fetches) == fetches + 1
+
+
+def test_a_small_base_is_not_believed(site: Site) -> None:
+    plan = site.plan(seed=103)
+    base = site.orchestrator.small(plan.base)
+    base.data = base.data[:-1] + bytes([base.data[-1] ^ 1])
+    site.orchestrator.offer(plan, base)
+    assert site.orchestrator.outcome(plan).error == "DataCorrupt"
+    other = site.plan(seed=104)
+    foreign = site.orchestrator.small(site.plan(seed=105).base)
+    site.orchestrator.offer(other, foreign)
+    assert site.orchestrator.outcome(other).error == "DataCorrupt"
+    short = site.plan(seed=106)
+    base = site.orchestrator.small(short.base)
+    base.data = base.data[:-1]
+    site.orchestrator.offer(short, base)  # what is missing is fetched
+    site.orchestrator.contribution(short)
+
+
 def test_the_same_work_again_gives_the_same_bits(site: Site) -> None:
     plan = site.plan(params={"dropout": 0.3})
     again = plan.model_copy(update={"attempt": 2})

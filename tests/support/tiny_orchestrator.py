@@ -113,8 +113,14 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
     def push(self, **message: Any) -> None:
         self.streams[-1].put(site_pb2.ToSite(**message))
 
-    def offer(self, plan: Plan) -> None:
-        self.push(plan=site_pb2.PlanOffer(plan=plan.encode()))
+    def offer(self, plan: Plan, base: site_pb2.SmallModel | None = None) -> None:
+        self.push(plan=site_pb2.PlanOffer(plan=plan.encode(), base=base))
+
+    def small(self, digest: str) -> site_pb2.SmallModel:
+        """A published model as it goes out with a plan."""
+        path, manifest, index = self.models[digest]
+        head = site_pb2.ArtefactHead(index=index.encoded, manifest=manifest.encoded)
+        return site_pb2.SmallModel(head=head, data=path.read_bytes())
 
     def until(self, done: Callable[[], Any], what: str = "it") -> Any:
         """Wait for something to become true; looked at after every message."""

@@ -59,12 +59,14 @@ class Table:
         self.sessions.attach(session)
         return session
 
-    def gather(self, quorum: int = 2, seconds: float = HOUR) -> threading.Thread:
+    def gather(
+        self, quorum: int = 2, seconds: float = HOUR, base: site_pb2.SmallModel | None = None
+    ) -> threading.Thread:
         """Gather in a thread, as the runner does; returns once it waits."""
         self.inbox = Inbox(self.exchange)
 
         def run() -> None:
-            self._done.append(self.exchange.gather(self.rows, quorum, seconds))
+            self._done.append(self.exchange.gather(self.rows, quorum, seconds, base))
             self.inbox.idle.set()
 
         thread = threading.Thread(target=run)
@@ -116,6 +118,19 @@ def test_plans_are_pushed_to_who_is_here(table: Table) -> None:
     table.exchange.interrupt()
     assert table.result(thread).interrupted
     assert table.told("north") == ["plan"]
+
+
+def test_a_small_base_goes_out_with_the_plans_and_is_counted(table: Table) -> None:
+    thread = table.gather(base=site_pb2.SmallModel(data=b"weights"))
+    table.exchange.interrupt()
+    assert table.result(thread).interrupted
+    session = table.session["north"]
+    session.end()
+    (said,) = session.outgoing()
+    assert said.plan.plan == b"plan north"
+    assert said.plan.base.data == b"weights"
+    received = {row.site: row.received_bytes for row in table.bench.board.rows()}
+    assert received == {"east": 0, "north": 7, "south": 7}  # east is not there
 
 
 def test_it_closes_when_all_have_answered(table: Table) -> None:

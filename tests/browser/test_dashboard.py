@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -216,6 +217,22 @@ def test_a_refused_site_is_named_with_its_reason(look: Look, url: str) -> None:
     expect(row.get_by_role("button", name="copy")).to_be_visible()
     chart(page, "every-round").locator(".matrix").press("ArrowRight")
     expect(page.locator("h2.big")).to_have_text("Round 5 of 12 · committed")
+
+
+def test_a_site_that_waits_for_its_window_says_until_when(
+    look: Look, operator: RecordedOperator
+) -> None:
+    with serve(operator) as dashboard:
+        page = opened(look(dashboard.url))
+        current = operator.rounds("fashion")[-1]
+        site, *others = current.sites
+        waiting = site.model_copy(update={"state": "sending", "waits_until": time.time() + 3600})
+        told = current.model_copy(update={"sites": (waiting, *others)})
+        operator.tell(
+            kind="round", run=told.run, round=told.round, data=told.model_dump(mode="json")
+        )
+        row = chart(page, "now").locator(f'.row[data-site="{site.site}"]')
+        expect(row).to_contain_text("paused until")
 
 
 def test_slider_goes_through_the_rounds(look: Look, url: str) -> None:

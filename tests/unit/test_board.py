@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator import board as board_module
 from orchestrator.board import PUBLISH_EVERY_S, Board
+from orchestrator.cli.tables import window
 from orchestrator.views import SiteWork, WorkState
 
 
@@ -155,6 +156,26 @@ def test_progress_is_published_now_and_then_and_states_at_once(
     assert len(published) == 2
     board.set_state("south", "gone")
     assert len(published) == 3
+
+
+def test_a_site_that_waits_for_a_window_is_shown_so_at_once(
+    board: Board, published: list[int]
+) -> None:
+    def say(waits_until: float | None) -> None:
+        board.progress("north", "sending", 1.0, 2.0, "bytes", None, None, None, waits_until)
+
+    say(None)
+    before = len(published)
+    say(5000.0)
+    assert len(published) == before + 1
+    assert (row(board).state, row(board).waits_until) == ("sending", 5000.0)
+    assert window(row(board)).startswith("no window is open until ")
+    say(None)
+    assert row(board).waits_until is None
+    say(5000.0)
+    board.set_state("north", "counted")
+    assert row(board).waits_until is None
+    assert window(row(board)) == ""
 
 
 def test_facts_are_added_and_replaced(board: Board) -> None:

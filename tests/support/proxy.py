@@ -45,6 +45,7 @@ class Direction:
     queue_bytes: int = 64 << 10
     nbytes: int = 0
     moments: list[tuple[float, int]] = field(default_factory=list)
+    _waiting: list[tuple[int, threading.Event]] = field(default_factory=list)
     _busy_until: float = 0.0
     _entry: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -60,6 +61,24 @@ class Direction:
             begin += step
         moments = list(self.moments)
         return [sum(n for t, n in moments if start <= t < start + seconds) for start in starts]
+
+    def await_bytes(self, nbytes: int, timeout_s: float) -> None:
+        """Wait until so many more bytes came in.
+
+        Raises:
+            TimeoutError: They did not.
+        """
+        reached = threading.Event()
+        self._waiting.append((self.nbytes + nbytes, reached))
+        if not reached.wait(timeout_s):
+            raise TimeoutError(f"{nbytes} more bytes did not come in {timeout_s} s")
+
+    def count(self, nbytes: int) -> None:
+        """Bytes came in from the sender."""
+        self.nbytes += nbytes
+        for entry in [e for e in self._waiting if e[0] <= self.nbytes]:
+            self._waiting.remove(entry)
+            entry[1].set()
 
     def piece(self) -> int:
         """How much to read at once: a fiftieth of a second of a slow line."""
@@ -222,7 +241,7 @@ class Proxy:
         data = b"start"
         while data:
             data = await reader.read(direction.piece())
-            direction.nbytes += len(data)
+            direction.count(len(data))
             setattr(connection, way, getattr(connection, way) + len(data))
             await line.put((await direction.enter(len(data)), data))
 

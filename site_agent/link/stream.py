@@ -72,8 +72,11 @@ class Outgoing:
     def progress(self, progress: site_pb2.Progress) -> None:
         """Say how far a plan is; only the newest is kept."""
         with self._condition:
+            waiting = self._progress.get(progress.plan_id)
             self._progress[progress.plan_id] = progress
-            self._condition.notify_all()
+            # Called for every chunk: whoever waits for the time to tell the last one waits for this one.
+            if waiting is None or waiting.state != progress.state:
+                self._condition.notify_all()
 
     def forget(self, plan_id: str) -> None:
         """A plan is over: nothing more is said of how far it is."""

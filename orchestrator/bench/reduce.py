@@ -13,6 +13,7 @@ for the mean that of the floor.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from orchestrator.compute.protocol import Lines
 from protos.chunks import write_durably
 from protos.errors import ComputeFailed, ConfigInvalid, DataCorrupt
 
-ENGINES = ("floor", "in-process", "ray:1", "ray:2")
+ENGINE = re.compile(r"floor|in-process|(ray|nodes):[1-9]\d{0,2}")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,15 @@ def run_reduce(
         file: JSON file to write, if any.
 
     Raises:
-        ConfigInvalid: A rule is not known.
+        ConfigInvalid: A rule or an engine is not known.
         DataCorrupt: Two engines gave different models.
     """
     if unknown := {case.rule for case in cases} - set(RULES):
         raise ConfigInvalid(f"rule {min(unknown)}: one of {', '.join(RULES)} expected", key="rule")
+    for name in engines:
+        if not ENGINE.fullmatch(name):
+            what = "floor, in-process, ray:WORKERS or nodes:N expected"
+            raise ConfigInvalid(f"engine {name}: {what}", key="engines")
     out = Console(stderr=True)
     found = []
     with tempfile.TemporaryDirectory(prefix="farflung-reduce-") as root, ExitStack() as stack:

@@ -124,7 +124,10 @@ def reduce(
         str, typer.Option("--model-mb", help="Sizes of the model, 10^6 bytes, with commas.")
     ] = "40",
     engines: Annotated[
-        str, typer.Option("--engines", help="Who reduces: floor, in-process, ray:WORKERS.")
+        str,
+        typer.Option(
+            "--engines", help="Who reduces: floor, in-process, ray:WORKERS, nodes:N (a cluster)."
+        ),
     ] = "floor,in-process,ray:1,ray:2",
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Of each; one more is not counted.")
@@ -144,10 +147,14 @@ def reduce(
     """
     from orchestrator.bench.reduce import CASES, Case, run_reduce
 
+    try:
+        counts, sizes = [int(n) for n in sites.split(",")], [float(x) for x in model_mb.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--sites and --model-mb take numbers: {error}") from None
     cases = [
-        Case(rule, int(n), round(float(size) * 1e6))
+        Case(rule, n, round(size * 1e6))
         for rule in filter(None, rules.split(","))
-        for n in sites.split(",")
-        for size in model_mb.split(",")
+        for n in counts
+        for size in sizes
     ]
     run_reduce(cases or CASES, engines.split(","), repeats, json_file)

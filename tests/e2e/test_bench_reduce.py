@@ -42,11 +42,13 @@ def test_every_engine_gives_the_floors_model(tmp_path: Path) -> None:
         assert peaks["daemon"] < 150e6 < peaks["worker"]
 
 
-def test_an_unknown_rule_is_named() -> None:
+def test_an_unknown_rule_or_engine_is_named() -> None:
     from orchestrator.bench.reduce import Case, run_reduce
 
     with pytest.raises(ConfigInvalid, match="rule mode: one of mean, "):
         run_reduce([Case("mode", 2, 1000)], ["floor"], 1, None)
+    with pytest.raises(ConfigInvalid, match="engine ray: floor, "):
+        run_reduce([Case("mean", 2, 1000)], ["floor", "ray"], 1, None)
 
 
 def test_the_process_that_is_the_daemon_imports_no_torch() -> None:

@@ -37,6 +37,7 @@ MARK = "FARFLUNG_FEDERATION"
 
 DAEMON = "daemon"
 READY_S = 60.0
+READY_PER_SITE_S = 3.0  # they are started at once, and each takes a second of a core
 STOP_S = 15.0
 ENDED = frozenset({"finished", "stopped", "paused", "failed"})
 
@@ -232,7 +233,7 @@ class Federation:
             token.write_text(self.client.invite(site).token)
             joining.append((token, self._site_command(site, "join", f"@{token}")))
         for token, child in joining:
-            if child.join(READY_S) != 0:
+            if child.join(READY_S + READY_PER_SITE_S * len(joining)) != 0:
                 raise ComputeFailed(f"{child.described()}\n{child.tail()}", process=child.name)
             token.unlink()
 
@@ -258,10 +259,8 @@ class Federation:
         self._remember()
         self._children[site].kill()
 
-    def await_sites(
-        self, sites: Sequence[str] | Mapping[str, Any], timeout_s: float = READY_S
-    ) -> None:
-        """Wait until sites are attached.
+    def await_sites(self, sites: Sequence[str] | Mapping[str, Any], timeout_s: float = 0.0) -> None:
+        """Wait until sites are attached; 0 seconds for as long as so many may take.
 
         Raises:
             ComputeFailed: One of them ended instead, or is not attached in time.
@@ -272,7 +271,8 @@ class Federation:
             return all(states.get(site) in ("attached", "paused") for site in sites)
 
         watched = {site: self._children[site] for site in sites if site in self._children}
-        self._until(attached, f"sites {', '.join(sites)} attached", timeout_s, watched)
+        limit_s = timeout_s or READY_S + READY_PER_SITE_S * len(sites)
+        self._until(attached, f"sites {', '.join(sites)} attached", limit_s, watched)
 
     # -- runs ------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class Announced:
 
     Attributes:
         header: The header.
+        digest: Its digest, the contribution's name.
         encoded: Its bytes as carried.
         signature: Over them.
         index: Of the payload.
@@ -68,6 +69,7 @@ class Announced:
     """
 
     header: Header
+    digest: str
     encoded: bytes
     signature: bytes
     index: Index
@@ -89,6 +91,8 @@ class Intake:
         self._ledger, self._store, self._spool = ledger, store, spool
         self._check_blocks = check_blocks
         self._turns = threading.Condition()
+        # The newest: all sites of a round ask for the same.
+        self._covered: tuple[tuple[str, tuple[str, ...] | None], Manifest] | None = None
         self._open: dict[str, ChunkFile | None] = {}  # by contribution; None while it is opened
         self._seen: set[str] = (
             set()
@@ -120,7 +124,7 @@ class Intake:
         plan = Plan.decode(row.plan)
         index = Index.decode(head.index)
         self._check_head(site, header, plan, index)
-        return Announced(header, head.header, head.signature, index, plan, row)
+        return Announced(header, header.digest, head.header, head.signature, index, plan, row)
 
     def _check_head(self, site: str, header: Header, plan: Plan, index: Index) -> None:
         def refuse(what: str, key: str) -> None:
@@ -166,7 +170,11 @@ class Intake:
         """The manifest of the tensors that a plan covers."""
         if not plan.manifest:
             return Manifest(())
-        return self._store.manifest(plan.manifest).covering(plan.groups)
+        key = (plan.manifest, plan.groups)
+        known = self._covered
+        if known is None or known[0] != key:
+            known = self._covered = (key, self._store.manifest(plan.manifest).covering(plan.groups))
+        return known[1]
 
     # -- bytes --------------------------------------------------------------------------------------
 
@@ -187,7 +195,7 @@ class Intake:
         Raises:
             Unavailable: The older stream does not end.
         """
-        site, contribution = announced.header.site, announced.header.digest
+        site, contribution = announced.header.site, announced.digest
         with self._turns:
             if not self._turns.wait_for(lambda: contribution not in self._open, TURN_S):
                 raise Unavailable(
@@ -286,7 +294,7 @@ class Intake:
         self._store.adopt(announced.index, file.path)
         acceptance = self._ledger.accept(
             ContributionRow(
-                digest=header.digest,
+                digest=announced.digest,
                 plan_id=header.plan_id,
                 run=announced.plan.run,
                 round=announced.plan.round,
@@ -304,7 +312,7 @@ class Intake:
                 received=time.time(),
             )
         )
-        self.forget(site, header.digest)
+        self.forget(site, announced.digest)
         verdict = {
             "counted": common_pb2.Answer.COUNTED,
             "late": common_pb2.Answer.LATE,
@@ -317,7 +325,7 @@ class Intake:
             ],
             message=acceptance.reason,
             plan_id=acceptance.plan_id,
-            contribution=header.digest,
+            contribution=announced.digest,
         )
 
     def forget(self, site: str, contribution: str) -> None:

@@ -284,10 +284,10 @@ class BulkService(site_pb2_grpc.BulkServicer):
             plan_id = announced.header.plan_id
             with self._intake.receiving(announced) as file:
                 # Asked only now: an older stream may just have had its answer.
-                settled = self._settled(plan_id, site, announced.header.digest)
+                settled = self._settled(plan_id, site, announced.digest)
                 if settled is not None:
                     file.discard()
-                    self._intake.forget(site, announced.header.digest)
+                    self._intake.forget(site, announced.digest)
                     return settled
                 chunks = (m for m in request_iterator if isinstance(m, Chunk))
                 received = self._intake.receive(file, chunks, site)

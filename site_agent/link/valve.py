@@ -17,13 +17,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from site_agent.link.journal import Journal
-from site_agent.link.throttle import MOST_PIECE, Throttle
+from site_agent.link.throttle import MOST_PIECE, PIECE_S, Throttle
 from site_agent.link.wire import host_of, is_loopback
 
 AHEAD_S = 0.25
 """What the kernel may receive ahead of the pace: as much as a round trip of that length needs."""
 
-LEAST_AHEAD = 8 << 10
+LEAST_AHEAD = LEAST_UNSENT = 8 << 10
 DIAL_S, AGAIN_S = 20.0, 1.0
 MOST_ANSWER = 64 << 10
 
@@ -94,6 +94,7 @@ class Valve:
         with near:
             try:
                 far = dial(self._address(), self._down.bytes_per_s)
+                _send_no_further_ahead(far, self._up.bytes_per_s)
             except OSError as error:
                 self._journal.warning("the orchestrator can't be dialled", reason=str(error))
                 return
@@ -118,6 +119,13 @@ def _pass_on(source: socket.socket, target: socket.socket, throttle: Throttle) -
             end.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # it is closed
+
+
+def _send_no_further_ahead(far: socket.socket, bytes_per_s: float) -> None:
+    """Keep in the kernel what a pace needs; more would hide from us that the line is slower."""
+    if bytes_per_s:
+        unsent = max(LEAST_UNSENT, int(bytes_per_s * 2 * PIECE_S))
+        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
 
 
 def dial(address: str, down_bytes_per_s: float = 0.0) -> socket.socket:

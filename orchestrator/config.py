@@ -8,6 +8,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -295,6 +296,32 @@ class LedgerSection(Section):
     url: str = ""
 
 
+class StoreSection(Section):
+    """Where models and contributions are kept.
+
+    Attributes:
+        url: ``s3://BUCKET/PREFIX``, of this federation alone; empty: the folder in the home.
+        endpoint: URL of an S3-compatible server; empty: AWS. Plain http is for this machine only.
+        region: The bucket's; empty: AWS_REGION, or us-east-1.
+        credentials: A file like ``~/.aws/credentials``, whose section ``default`` is taken; an
+            absolute path. Empty: AWS_ACCESS_KEY_ID and its kin, or the machine's role.
+        cache_bytes: How much of the bucket is kept as files on this machine.
+    """
+
+    url: str = Field("", pattern=r"^(s3://[^/\s?#]+(/[^\s?#]*)?)?$")
+    endpoint: str = Field("", pattern=r"^(https?://[^\s?#]+)?$")
+    region: str = ""
+    credentials: str = Field("", pattern=r"^(/.*)?$")
+    cache_bytes: int = Field(64 << 30, ge=0)
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> StoreSection:
+        host = urlsplit(self.endpoint).hostname
+        if self.endpoint.startswith("http:") and host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("endpoint must be https: models would travel in the clear")
+        return self
+
+
 class DaemonConfig(Section):
     """``farflung.toml``."""
 
@@ -305,6 +332,7 @@ class DaemonConfig(Section):
     retention: RetentionSection = RetentionSection()
     sites: SitesSection = SitesSection()
     ledger: LedgerSection = LedgerSection()
+    store: StoreSection = StoreSection()
     tasks: dict[Name, TaskSource] = {}
 
 

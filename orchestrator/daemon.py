@@ -36,7 +36,7 @@ from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
 from orchestrator.site_service import BulkService, ControlService
-from orchestrator.store import Store
+from orchestrator.store import open_store
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon as DaemonView
 from orchestrator.views import Event
@@ -94,7 +94,7 @@ class Daemon:
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
         self._put_deadlines_off()
-        self.store = Store(home.store)
+        self.store = open_store(config, home.store, home.federation)
         self.store.clean()
         settings = compute_config(home, config.ray)
         self.compute = ComputeClient(

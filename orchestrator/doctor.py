@@ -42,6 +42,7 @@ def examine(path: Path) -> list[Finding]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("home", lambda: _folder(home)),
         ("keys", lambda: _keys(home)),
+        ("store", lambda: _store(home)),
         ("daemon", lambda: _daemon(home)),
         ("disk", lambda: _disk(home.path)),
         ("data", _data),
@@ -62,7 +63,16 @@ def _installation() -> Iterator[Finding]:
         yield Finding("packages", "ok", f"all from {check_distribution()}")
     except FarflungError as error:
         yield Finding("packages", "failed", error.message)
-    for name in ("torch", "grpcio", "ray", "sqlalchemy", "alembic", "starlette", "uvicorn"):
+    for name in (
+        "torch",
+        "grpcio",
+        "ray",
+        "sqlalchemy",
+        "alembic",
+        "starlette",
+        "uvicorn",
+        "obstore",
+    ):
         try:
             yield Finding(name, "ok", version(name))
         except PackageNotFoundError:
@@ -106,6 +116,30 @@ def _keys(home: Home) -> Iterator[Finding]:
         yield Finding("authority", "warning", f"its certificate ends {until}; plan for a new home")
     else:
         yield Finding("authority", "ok", f"valid until {until}")
+
+
+def _store(home: Home) -> Iterator[Finding]:
+    section = home.config.store if home.config_file.exists() else None
+    if section is None or not section.url:
+        return
+    if section.credentials and Path(section.credentials).stat().st_mode & 0o077:
+        yield Finding(
+            "permissions",
+            "failed",
+            f"{section.credentials} can be read by others; do `chmod 600 {section.credentials}`",
+        )
+    from orchestrator.store.bucket import owner_of
+
+    owner = owner_of(section)
+    if owner not in ("", home.federation):
+        yield Finding(
+            "store",
+            "failed",
+            f"{section.url} is another federation's ({owner}); change [store] url",
+        )
+        return
+    new = "" if owner else "; nothing is in it yet, and whether it can be written is not known"
+    yield Finding("store", "ok", f"{section.url} answers{new}")
 
 
 def _daemon(home: Home) -> Iterator[Finding]:

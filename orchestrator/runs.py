@@ -14,9 +14,12 @@ from orchestrator.retention import retire
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
-from protos.errors import FarflungError, reference_id
+from protos.errors import FarflungError, Unavailable, reference_id
 
 log = logging.getLogger(__name__)
+
+AGAIN_S = 5.0
+"""Between two attempts to reach what a round needs; whoever is reached tries longer itself."""
 
 
 class Runner:
@@ -106,7 +109,7 @@ class Runner:
                 row.id, state="running", reason="", started=row.started or time.time()
             )
             self._changed(row.id)
-        abandoning, tries, died = "", 0, -1
+        abandoning, waiting, tries, died = "", "", 0, -1
         while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
@@ -126,10 +129,17 @@ class Runner:
                 died = number  # once more: compute starts again, and the round goes on where it is
                 self._note("warning", row, number, f"round {number} goes on: {error.message}")
                 continue
-            abandoning = ""
+            except Unavailable as error:
+                # What it can't reach comes back, or the operator stops the run.
+                if waiting != error.message:
+                    self._note("error", row, number, f"round {number} waits: {error.message}")
+                waiting = error.message
+                self._ending.wait(AGAIN_S)
+                continue
+            abandoning, waiting = "", ""
             if outcome.state == "committed":
                 tries = 0
-                retire(self._engine, row, number)
+                self._retire(row, number)
                 self._note("info", row, number, f"round {number} of {row.rounds} is committed")
             elif outcome.state == "held":
                 return self._pause(row, outcome.reason)
@@ -144,6 +154,12 @@ class Runner:
                     return self._pause(row, f"round {number}: {outcome.reason}")
             self._changed(row.id)
         return None
+
+    def _retire(self, row: RunRow, number: int) -> None:
+        try:
+            retire(self._engine, row, number)
+        except Unavailable as error:  # `farflung gc` finds what stays
+            self._note("warning", row, number, f"contributions are kept: {error.message}")
 
     def _one(self, row: RunRow, number: int, abandoning: str) -> Outcome:
         if number == 0:

@@ -25,6 +25,7 @@ settings.load_profile("farflung")
 import pytest  # noqa: E402
 
 from tests.support.field import Field  # noqa: E402
+from tests.support.object_store import ObjectStore, serving  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +41,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     field = Field(tmp_path_factory.mktemp("field"))
     with field.federation:
         yield field
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """The one S3-compatible server of a test run; each test takes a prefix of its own."""
+    with serving(tmp_path_factory.mktemp("s3")) as store:
+        yield store
 
 
 class FinishedRun(NamedTuple):

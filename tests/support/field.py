@@ -13,9 +13,9 @@ ORCHESTRATOR = "orchestrator"
 
 
 class Field:
-    """A federation whose sites have switches."""
+    """A federation whose sites have switches; ``daemon`` are further sections of farflung.toml."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, daemon: dict[str, Any] | None = None) -> None:
         self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
             folder.mkdir(parents=True)
@@ -39,7 +39,7 @@ class Field:
                     "settings": {"switches": str(self.switches[ORCHESTRATOR])},
                 }
             },
-            daemon={"sites": {"heartbeat_s": 0.3}},
+            daemon={"sites": {"heartbeat_s": 0.3}, **(daemon or {})},
         )
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SEEDS ?=
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos evidence-seeds bench bench-exchange bench-codec bench-peers env clean
+.PHONY: help demo test test-all check format protos evidence-seeds bench bench-exchange bench-rounds bench-codec bench-peers env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -65,10 +65,13 @@ protos: $(READY_TO_DEVELOP) ## regenerate the code beside protos/v1/*.proto
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
 	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
 
-bench: bench-exchange bench-codec ## every benchmark of `farflung bench`
+bench: bench-exchange bench-rounds bench-codec ## every benchmark of `farflung bench`
 
 bench-exchange: $(READY_TO_RUN) ## seconds, bytes and memory of one round's exchange
 	$(BIN)/farflung bench exchange $(BENCH_ARGS)
+
+bench-rounds: $(READY_TO_RUN) ## what a round costs without its bytes
+	$(BIN)/farflung bench rounds
 
 bench-codec: $(READY_TO_RUN) ## what one core encodes and decodes in a second
 	$(BIN)/farflung bench codec

@@ -12,7 +12,7 @@ from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.page import Outcome
 from orchestrator.runs import Runner
-from protos.errors import ComputeFailed
+from protos.errors import ComputeFailed, Unavailable
 from tests.support.workbench import Workbench
 
 WAIT_S = 20.0
@@ -105,6 +105,39 @@ def test_a_run_that_comes_while_nobody_waits_is_seen(bench: Bench) -> None:
     bench.runner.start()
     assert looked.wait(WAIT_S)
     bench.until("late", "finished")
+
+
+def test_what_is_out_of_reach_for_a_while_does_not_pause_a_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_module, "AGAIN_S", 0.01)
+    away = [Unavailable("the object store is away")] * 3
+
+    def does(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == 1 and away:
+            raise away.pop()
+        return bench.commit(run, number)
+
+    bench.does = does
+    bench.bench.run("r", rounds=1)
+    bench.runner.start()
+    bench.until("r", "finished")
+    assert bench.asked == [("r", 0, ""), *([("r", 1, "")] * 4)]
+    waits = [text for text in bench.bench.notes if "waits" in text]
+    assert waits == ["round 1 waits: the object store is away"], "said once, not at every attempt"
+
+
+def test_a_run_that_waits_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_module, "AGAIN_S", 0.01)
+
+    def does(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        bench.runner.stop(run.id, now=True)
+        raise Unavailable("the object store is away")
+
+    bench.does = does
+    bench.bench.run("r", rounds=1)
+    bench.runner.start()
+    bench.until("r", "stopped")
 
 
 def test_the_run_that_was_under_way_goes_first(bench: Bench) -> None:

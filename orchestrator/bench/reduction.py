@@ -228,7 +228,7 @@ def floor(folder: Path) -> str:
         buffer = values.view(torch.uint8).numpy().data
         for fd, weight in zip(inputs, weights, strict=True):
             os.preadv(fd, [buffer], at)
-            update.add_(values, alpha=weight)
+            update.add_(after.copy_(values), alpha=weight)
         update.copy_(values.copy_(update))  # rounded once, as the difference below
         os.preadv(base, [buffer], at)
         values.copy_(after.copy_(values).sub_(update))

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.xdist_group("s3")
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "0" * 64
+FOLDERS = ("artefacts", "manifests", "objects", "tombstones")
 
 
 class Door:
@@ -176,6 +177,19 @@ def test_doctor_looks_at_the_bucket(door: Door, tmp_path: Path) -> None:
         assert [state for state, _ in found()] == ["failed", "ok"]
     finally:
         door.server.credentials.chmod(0o600)
+
+
+def test_a_folder_that_was_copied_up_is_the_same_store(door: Door, tmp_path: Path) -> None:
+    old = Store(tmp_path / "old")
+    kept, gone = put(old, b"bytes").digest, put(old, b"gone").digest
+    document = old.put_bytes(b"{}")
+    old.erase(gone, "site east asked for it")
+    for blob in [b for name in FOLDERS for b in old.blobs.list(name)]:
+        obstore.put(door.server.raw(door.prefix), blob.key, old.blobs.get(blob.key))
+    store = door.store()
+    store.verify(kept)
+    assert store.get_bytes(document) == b"{}"
+    assert store.erased(gone) == "site east asked for it"
 
 
 # -- whole files -----------------------------------------------------------------------------------------

@@ -10,9 +10,14 @@ import pytest
 
 from orchestrator.bench.ray_nodes import RayNodes, ray_nodes
 from orchestrator.compute import ComputeClient, ComputeConfig, Limits, cluster, errors
+from orchestrator.config import DaemonConfig
 from orchestrator.rounds import reduce as reduce_module
+from orchestrator.store import Store
+from orchestrator.store.bucket import Bucket
 from tests.integration.conftest import START_S
 from tests.integration.test_reducers_on_ray import two_rounds
+from tests.support.object_store import ObjectStore
+from tests.support.proxy import Proxy
 from tests.support.workbench import Workbench
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
@@ -54,6 +59,32 @@ def test_two_nodes_give_the_digests_of_one_process(
         assert two_rounds(bench) == expected
     finally:
         bench.close()
+
+
+def test_the_nodes_read_a_bucket_themselves(
+    joined: ComputeClient,
+    tmp_path: Path,
+    object_store: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = joined.wait_ready(2 * START_S)
+    results = []
+    with Proxy(object_store.address) as line:
+        section = object_store.section("cluster", line.address)
+        config = DaemonConfig.model_validate({"store": section})
+        for number, compute in enumerate((None, joined)):
+            bench = Workbench(tmp_path / str(number), compute)
+            if compute is not None:
+                monkeypatch.setattr(reduce_module, "RUN_BYTES", 1)
+                bench.engine.workers = facts["num_cpus"]
+                bucket = Bucket(config.store, bench.home.store, direct=True)
+                bench.engine.store = bench.store = Store(bench.home.store, bucket)
+            try:
+                results.append(two_rounds(bench))
+            finally:
+                bench.close()
+        assert line.down.nbytes > 1 << 20, "the bytes came over the line"
+    assert results[0] == results[1]
 
 
 def test_tasks_are_spread_over_the_nodes(joined: ComputeClient, nodes: RayNodes) -> None:

@@ -19,6 +19,8 @@ KEY, SECRET = "key", "secret-of-the-tests"
 READER, READERS_SECRET = "reader", "secret-of-the-reader"
 BUCKET = "bucket"
 START_S = 60.0
+TEMPORARY = Path("/tmp")
+"""Where the server puts sockets of its own, whatever it is told."""
 
 IDENTITIES = {
     "identities": [
@@ -88,6 +90,9 @@ def serving(folder: Path) -> Iterator[ObjectStore]:
         *(f"-{name}={port}" for name, port in zip(named, ports, strict=True)),
         *(f"-s3.config={folder / 's3.json'}", "-master.telemetry=false"),
         *("-master.volumeSizeLimitMB=64", "-volume.max=40"),
+        # Off: their ports are fixed, and there may be two servers.
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *(f"-{option}.localSocket={folder / option}.sock" for option in ("filer", "s3")),
     ]
     store = ObjectStore(folder, f"127.0.0.1:{ports[-2]}")
     with (folder / "log").open("wb") as log:
@@ -98,6 +103,8 @@ def serving(folder: Path) -> Iterator[ObjectStore]:
     finally:
         process.kill()  # asked to end, it takes half a minute
         process.wait()
+        for option, port in zip(options, ports[1::2], strict=True):
+            (TEMPORARY / f"seaweedfs-{option}-grpc-{port}.sock").unlink(missing_ok=True)
 
 
 def _await(store: ObjectStore, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from protos.digest import Bytes, is_digest
 from protos.manifest import Index
 from protos.spares import Spares
+
+Look = Callable[[], Index]
+"""Looks up what bytes should be, for whoever has to fetch them."""
 
 
 class Blob(NamedTuple):
@@ -70,15 +73,15 @@ class Blobs(Protocol):
         """All whose key begins with a folder."""
         ...
 
-    def file(self, key: str, index: Index) -> Path:
+    def file(self, key: str, index: Look) -> Path:
         """A file of this machine with all its bytes, to be read only and soon."""
         ...
 
-    def lend(self, key: str, index: Index, folder: Path) -> Path:
+    def lend(self, key: str, index: Look, folder: Path) -> Path:
         """The same, there as long as ``folder`` (on the store's file system) is."""
         ...
 
-    def place(self, key: str, index: Index, folder: Path) -> str:
+    def place(self, key: str, index: Look, folder: Path) -> str:
         """The location for `arithmetic.places.open_place`, good as long as ``folder`` is there."""
         ...
 

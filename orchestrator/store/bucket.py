@@ -24,7 +24,7 @@ from obstore.exceptions import (
 from obstore.store import S3Store
 
 from orchestrator.config import StoreSection
-from orchestrator.store.blobs import Blob
+from orchestrator.store.blobs import Blob, Look
 from orchestrator.store.cache import Cache
 from protos.digest import Bytes
 from protos.digest import digest as digest_of
@@ -154,15 +154,15 @@ class Bucket:
                 for meta in page:
                     yield Blob(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
-    def file(self, key: str, index: Index) -> Path:
+    def file(self, key: str, index: Look) -> Path:
         """See `Blobs.file`."""
-        return self._cache.file(_name(key), lambda path: self._fetch(key, index, path))
+        return self._cache.file(_name(key), lambda path: self._fetch(key, index(), path))
 
-    def lend(self, key: str, index: Index, folder: Path) -> Path:
+    def lend(self, key: str, index: Look, folder: Path) -> Path:
         """See `Blobs.lend`."""
-        return self._cache.lend(_name(key), lambda path: self._fetch(key, index, path), folder)
+        return self._cache.lend(_name(key), lambda path: self._fetch(key, index(), path), folder)
 
-    def place(self, key: str, index: Index, folder: Path) -> str:
+    def place(self, key: str, index: Look, folder: Path) -> str:
         """See `Blobs.place`. A signed URL opens this one object and nothing else."""
         if not self._direct:
             return str(self.lend(key, index, folder))
@@ -257,7 +257,7 @@ def _in_words(url: str, key: str) -> Iterator[None]:
             raise _Beyond from None
         raise Unavailable(
             f"{url}: the object store does not answer as it should ({key}); what needs it goes on"
-            f" when it does. {_first_line(error)}",
+            f" when it does. Is it up, and is [store] endpoint right? {_first_line(error)}",
             store=url,
         ) from None
 

@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.store.blobs import Blob
+from orchestrator.store.blobs import Blob, Look
 from protos.chunks import sync_folder, write_durably
 from protos.digest import Bytes
-from protos.manifest import Index
 from protos.spares import Spares
 
 
@@ -83,15 +82,15 @@ class Folder:
             if path.is_file():
                 yield Blob(path.relative_to(self._root).as_posix(), stat.st_size, stat.st_mtime)
 
-    def file(self, key: str, index: Index) -> Path:
+    def file(self, key: str, index: Look) -> Path:
         """See `Blobs.file`."""
         return self._root / key
 
-    def lend(self, key: str, index: Index, folder: Path) -> Path:
+    def lend(self, key: str, index: Look, folder: Path) -> Path:
         """See `Blobs.lend`."""
         return self._root / key
 
-    def place(self, key: str, index: Index, folder: Path) -> str:
+    def place(self, key: str, index: Look, folder: Path) -> str:
         """See `Blobs.place`."""
         return str(self._root / key)
 

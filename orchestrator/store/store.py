@@ -132,15 +132,15 @@ class Store:
 
     def path(self, digest: str) -> Path:
         """A file with an artefact's bytes, to be read only and soon."""
-        return self.blobs.file(_data_key(digest), self._here(digest))
+        return self.blobs.file(self._held(digest), lambda: self.index(digest))
 
     def lend(self, digest: str, folder: Path) -> Path:
         """A file with an artefact's bytes, to be read only, for whoever works in ``folder``."""
-        return self.blobs.lend(_data_key(digest), self._here(digest), folder)
+        return self.blobs.lend(self._held(digest), lambda: self.index(digest), folder)
 
     def place(self, digest: str, folder: Path) -> str:
         """Where whoever works in ``folder`` reads ranges of an artefact: `places.open_place`."""
-        return self.blobs.place(_data_key(digest), self._here(digest), folder)
+        return self.blobs.place(self._held(digest), lambda: self.index(digest), folder)
 
     def __contains__(self, digest: object) -> bool:
         """Whether an artefact of that digest is here."""
@@ -152,10 +152,10 @@ class Store:
             and self._tombstones.reason(digest) is None
         )
 
-    def _here(self, digest: str) -> Index:
+    def _held(self, digest: str) -> str:
         if digest not in self:
             raise self._missing(digest, "artefact")
-        return self.index(digest)
+        return _data_key(digest)
 
     def read_range(self, digest: str, start: int, stop: int) -> bytes:
         """Bytes of an artefact, from ``start`` to before ``stop``.
@@ -181,7 +181,7 @@ class Store:
         Raises:
             DataCorrupt: A chunk is damaged or missing; the fact ``chunk`` is its number.
         """
-        index = self._here(digest)
+        index = self.index(digest)
         for first in range(0, len(index.chunks), VERIFY_CHUNKS):
             expected = index.chunks[first : first + VERIFY_CHUNKS]
             start = first * CHUNK_BYTES

@@ -53,10 +53,15 @@ SITE_THREADS = 512
 
 MESSAGE_BYTES = 16 << 20
 
+WINDOW_BYTES = 4 << 20
+"""What a site may send ahead of what was read: 4 MiB a round trip, 1 Gbit/s at 33 ms."""
+
 SITE_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server would otherwise share the port in silence
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.http2.bdp_probe", 0),  # a window that it grows on a busy machine has no bound
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),

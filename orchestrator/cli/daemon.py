@@ -47,8 +47,10 @@ def serve(home: Home = None, as_json: Json = False) -> None:
 
     from orchestrator import views
     from orchestrator.daemon import serve as run_daemon
+    from protos.allocator import use_few_arenas
     from protos.distribution import check_distribution
 
+    use_few_arenas()
     check_distribution()
 
     def ready(daemon: views.Daemon) -> None:

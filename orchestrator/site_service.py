@@ -13,14 +13,14 @@ import grpc
 
 from orchestrator import __version__
 from orchestrator.doorkeeper import Doorkeeper
+from orchestrator.fanout import Fanout
 from orchestrator.home import Home
 from orchestrator.intake import Intake
 from orchestrator.ledger import Ledger
 from orchestrator.sessions import Session, Sessions
 from orchestrator.store import Store
 from orchestrator.views import WorkState
-from protos.bulk import Chunk, Incoming, chunk_message
-from protos.chunks import read_chunks
+from protos.bulk import Chunk, Incoming
 from protos.contribution import Header
 from protos.errors import (
     ContributionRefused,
@@ -242,6 +242,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
     ) -> None:
         self._ledger, self._store = ledger, store
         self._doorkeeper, self._intake, self._listener = doorkeeper, intake, listener
+        self._fanout = Fanout()
 
     def FetchModel(
         self, request: site_pb2.FetchRequest, context: grpc.ServicerContext
@@ -263,9 +264,10 @@ class BulkService(site_pb2_grpc.BulkServicer):
         ranges = [(r.first, r.end) for r in request.missing]
         if not index.chunks:
             return
-        for number, data in read_chunks(self._store.path(request.digest), index, ranges):
-            yield chunk_message(number, data)
-            self._listener.moved(site, received=len(data))
+        path = self._store.path(request.digest)
+        for nbytes, frame in self._fanout.frames(path, index, ranges):
+            yield frame
+            self._listener.moved(site, received=nbytes)
 
     def Contribute(
         self,

@@ -7,15 +7,19 @@ orchestrator's spool.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from protos.digest import Bytes, digest
+from protos.digest import Bytes, digest, hasher
 from protos.errors import DataCorrupt, ManifestInvalid
 from protos.manifest import CHUNK_BYTES, Index
 from protos.spares import Spares
+
+SMALL_BYTES = 64 << 10
+"""Pieces below this are put together before they are written."""
 
 SAVE_CHUNKS = 256
 """How many chunks of a long transfer a power cut may lose."""
@@ -72,9 +76,9 @@ class IndexWriter:
         if path.exists():
             raise FileExistsError(f"{path} is there already")
         reused = spares is not None and spares.take(path, nbytes)
-        self._file = path.open("r+b" if reused else "xb", buffering=0)
-        self._pending = bytearray(CHUNK_BYTES)
-        self._filled = 0
+        raw = path.open("r+b" if reused else "xb", buffering=0)
+        self._file = io.BufferedWriter(raw, SMALL_BYTES)
+        self._hasher, self._filled = hasher(), 0
         self._chunks: list[str] = []
         self.nbytes = 0
 
@@ -83,28 +87,23 @@ class IndexWriter:
         view = memoryview(data).cast("B")
         self.nbytes += len(view)
         while view:
-            if not self._filled and len(view) >= CHUNK_BYTES:
-                self._emit(view[:CHUNK_BYTES])
-                view = view[CHUNK_BYTES:]
-                continue
-            take = min(CHUNK_BYTES - self._filled, len(view))
-            self._pending[self._filled : self._filled + take] = view[:take]
-            self._filled += take
-            view = view[take:]
+            part = view[: CHUNK_BYTES - self._filled]
+            self._hasher.update(part)
+            self._file.write(part)
+            self._filled += len(part)
+            view = view[len(part) :]
             if self._filled == CHUNK_BYTES:
-                self._emit(memoryview(self._pending))
-                self._filled = 0
+                self._end_chunk()
 
-    def _emit(self, chunk: memoryview) -> None:
-        self._chunks.append(digest(chunk))
-        while chunk:
-            chunk = chunk[self._file.write(chunk) or 0 :]
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._hasher.hexdigest())
+        self._hasher, self._filled = hasher(), 0
 
     def finish(self, manifest_digest: str) -> Index:
         """Write what is pending and give the index of its bytes. Whoever names the file syncs it."""
         if self._filled:
-            self._emit(memoryview(self._pending)[: self._filled])
-            self._filled = 0
+            self._end_chunk()
+        self._file.flush()
         os.ftruncate(self._file.fileno(), self.nbytes)
         self._file.close()
         return Index(manifest_digest, self.nbytes, tuple(self._chunks))
@@ -219,20 +218,25 @@ class ChunkFile:
         write_durably(self._record, self.index.digest.encode() + bytes(self._have), 0o600)
         self._unsaved = 0
 
-    def finish(self) -> None:
-        """Sync and close a complete file, give it its name, and forget the record.
+    def finish(self, durably: bool = True) -> None:
+        """Close a complete file, give it its name, and forget the record.
+
+        Args:
+            durably: Sync it first. Without, a power cut may leave the name with other bytes behind it.
 
         Raises:
             DataCorrupt: Chunks are missing.
         """
         if not self.complete:
             raise DataCorrupt(f"{self.path.name}: chunks {self.missing()[:3]} are missing")
-        os.fdatasync(self._fd)
+        if durably:
+            os.fdatasync(self._fd)
         os.close(self._fd)
         self._fd = -1
         self._part.rename(self.path)
         self._record.unlink(missing_ok=True)
-        sync_folder(self.path.parent)
+        if durably:
+            sync_folder(self.path.parent)
 
     def close(self) -> None:
         """Sync and close; what is here stays for the next time."""
@@ -309,8 +313,19 @@ def read_chunks(
             if not 0 <= first <= end <= len(index.chunks):
                 raise ManifestInvalid(f"chunks {first} to {end} of {len(index.chunks)}")
             for number in range(first, end):
-                start, stop = index.span(number)
-                data = os.pread(file.fileno(), stop - start, start)
-                if len(data) != stop - start:
-                    raise ManifestInvalid(f"{path.name} ends before chunk {number}")
-                yield number, data
+                yield number, read_chunk_of(file.fileno(), index, number)
+
+
+def read_chunk_of(fd: int, index: Index, number: int) -> bytes:
+    """One chunk of an open file.
+
+    Raises:
+        ManifestInvalid: The file ends before.
+    """
+    start, stop = index.span(number)
+    data = os.pread(fd, stop - start, start)
+    if len(data) != stop - start:
+        raise ManifestInvalid(
+            f"the file of artefact {index.digest[:12]} ends before chunk {number}"
+        )
+    return data

@@ -150,9 +150,7 @@ class Fetcher:
         if not self._is_here(path) and not self._unpack(want, path):
             waits, before = backoff(), self.received_bytes
             while not self._download(want, path):
-                if (
-                    self.received_bytes > before
-                ):  # a line that is cut often, but does carry something
+                if self.received_bytes > before:  # cut often, but it does carry something
                     waits, before = backoff(), self.received_bytes
                 if self._stop.wait(next(waits)) or not want.wanted():
                     return None
@@ -164,8 +162,16 @@ class Fetcher:
         return path
 
     def _is_here(self, path: Path) -> bool:
+        """Whether a file is here whole; the first time in a process it is verified, not believed."""
         index = _known(path)
-        return index is not None and path.exists() and path.stat().st_size == index.nbytes
+        if index is None or not path.exists() or path.stat().st_size != index.nbytes:
+            return False
+        if path.stem in self._seen:
+            return True
+        with self._part(path, index) as file:
+            if file.complete:
+                file.finish(durably=False)
+        return path.exists()
 
     def _unpack(self, want: Want, path: Path) -> bool:
         """Write down what came with a plan; False if nothing did, or not all of it."""
@@ -179,7 +185,7 @@ class Fetcher:
             for number in range(len(file.index.chunks)):
                 start, stop = file.index.span(number)
                 file.write(number, model.data[start:stop])
-            file.finish()
+            file.finish(durably=False)
         self.received_bytes += len(model.data)
         return True
 
@@ -188,7 +194,7 @@ class Fetcher:
         index = _known(path)
         file = self._part(path, index) if index is not None else None
         if file is not None and file.complete:  # all came, and the agent ended before it knew
-            file.finish()
+            file.finish(durably=False)
             return True
         missing = file.missing() if file is not None else []
         request = site_pb2.FetchRequest(
@@ -214,7 +220,7 @@ class Fetcher:
                 raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
             if not file.complete:
                 return False
-            file.finish()
+            file.finish(durably=False)
         except ValueError:  # another thread closed the channel between two lines
             return False
         except grpc.RpcError as error:

@@ -134,12 +134,11 @@ class ChunkFile:
         self.path, self.index = path, index
         self._part, self._record = part_of(path), _record_of(path)
         found = self._part.exists()
-        if (
-            not found and path.exists()
-        ):  # it was complete, and whoever wanted it died before taking it
+        # It was complete, and whoever wanted it died before taking it; or it is to be looked at again.
+        whole = not found and path.exists()
+        if whole:
             path.rename(self._part)
-            found = True
-        if not found:
+        elif not found:
             if self._record.exists():
                 # It must never vouch for the file that is made now.
                 self._record.unlink()
@@ -152,7 +151,9 @@ class ChunkFile:
             os.ftruncate(self._fd, index.nbytes)
         self._have = (_recorded(path, index) if found else None) or bytearray(len(index.chunks))
         self._unsaved = 0
-        if verify:
+        if whole and size == index.nbytes:
+            self._have = bytearray(b"\1" * len(index.chunks))
+        if verify or whole:
             self._have = bytearray(
                 here and self._is_right(number) for number, here in enumerate(self._have)
             )

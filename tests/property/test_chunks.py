@@ -406,6 +406,19 @@ def test_a_long_transfer_is_made_durable_on_the_way(
     assert known == [0, 2, 2]
 
 
+@pytest.mark.parametrize("damaged", range(CHUNKS))
+def test_a_complete_file_that_was_damaged_lacks_one_chunk(damaged: int, tmp_path: Path) -> None:
+    data = bytearray(DATA)
+    data[INDEX.span(damaged)[0]] ^= 1
+    (tmp_path / "x").write_bytes(data)
+    with ChunkFile(tmp_path / "x", INDEX, verify=True) as file:
+        assert not (tmp_path / "x").exists()  # what is not whole has not the name
+        assert file.missing() == [(damaged, damaged + 1)]
+        file.write(damaged, PIECES[damaged])
+        file.finish()
+    assert (tmp_path / "x").read_bytes() == DATA
+
+
 # -- sending ----------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from orchestrator.doorkeeper import Caller
 from orchestrator.finiteness import first_bad, first_model_spans, side_spans, tensor_spans
 from orchestrator.ledger import ContributionRow, Ledger, PlanRow
 from orchestrator.store import Store
+from orchestrator.turns import turn
 from protos.bulk import Chunk
 from protos.chunks import ChunkFile
 from protos.contribution import Header
@@ -43,12 +44,17 @@ from protos.v1 import common_pb2, site_pb2
 log = logging.getLogger(__name__)
 
 PAYLOAD, INDEX, HEADER = "payload", "head.index", "head.header"
+TURN = "turn"
+"""Locked by the stream that writes; in it stands which process was the last to do so."""
 
 MAX_SIDE_BYTES = 256 << 20
 """Side payloads of one contribution, together (init and assess carry everything in them)."""
 
 TURN_S = 30.0
 """How long a stream waits for an older one of the same contribution to end."""
+
+STATUS_S = 5.0
+"""The same, for whoever only asks what is missing."""
 
 BlockCheck = Callable[[PlanRow, Header, Path, Path], tuple[float | None, str]]
 """Plan, header, header's file, payload's file -> norm and first bad tensor; for wire codecs."""
@@ -78,7 +84,7 @@ class Announced:
 
 
 class Intake:
-    """Receives contributions.
+    """Receives contributions; several processes may use one spool.
 
     Args:
         ledger: Where they are counted.
@@ -90,13 +96,10 @@ class Intake:
     def __init__(self, ledger: Ledger, store: Store, spool: Path, check_blocks: BlockCheck) -> None:
         self._ledger, self._store, self._spool = ledger, store, spool
         self._check_blocks = check_blocks
-        self._turns = threading.Condition()
         # The newest: all sites of a round ask for the same.
         self._covered: tuple[tuple[str, tuple[str, ...] | None], Manifest] | None = None
-        self._open: dict[str, ChunkFile | None] = {}  # by contribution; None while it is opened
-        self._seen: set[str] = (
-            set()
-        )  # contributions that this process has verified since it started
+        self._open: dict[str, ChunkFile] = {}  # what this process writes, by contribution
+        self._name = os.urandom(8)
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -193,35 +196,43 @@ class Intake:
         for good leaves nothing behind.
 
         Raises:
-            Unavailable: The older stream does not end.
+            Unavailable: The older stream, of whichever process, does not end.
         """
         site, contribution = announced.header.site, announced.digest
-        with self._turns:
-            if not self._turns.wait_for(lambda: contribution not in self._open, TURN_S):
+        folder = self._folder(site, contribution)
+        with self._turn(folder, TURN_S) as mark:
+            try:
+                if not (folder / HEADER).exists():
+                    # Not synced: without them a restart finds an unknown folder, and the site sends
+                    # again.
+                    (folder / INDEX).write_bytes(announced.index.encoded)
+                    (folder / HEADER).write_bytes(announced.encoded)
+                with self._part(folder, announced.index, mark) as file:
+                    self._open[contribution] = file
+                    yield file
+            except (ContributionRefused, ManifestInvalid):
+                self.forget(site, contribution)
+                raise
+            finally:
+                self._open.pop(contribution, None)
+
+    @contextmanager
+    def _turn(self, folder: Path, wait_s: float) -> Iterator[int]:
+        """Have a contribution's folder to oneself, in this process and among all of them."""
+        with turn(folder / TURN, wait_s) as mark:
+            if mark is None:
+                site = folder.parent.name
                 raise Unavailable(
                     f"site {site}: another stream sends this contribution; try again", site=site
                 )
-            self._open[contribution] = None
-        try:
-            folder = self._folder(site, contribution)
-            if not (folder / HEADER).exists():
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                # Not synced: without them a restart finds an unknown folder, and the site sends again.
-                (folder / INDEX).write_bytes(announced.index.encoded)
-                (folder / HEADER).write_bytes(announced.encoded)
-            with self._part(folder, announced.index) as file:
-                self._open[contribution] = file
-                yield file
-        except (ContributionRefused, ManifestInvalid):
-            self.forget(site, contribution)
-            raise
-        finally:
-            with self._turns:
-                del self._open[contribution]
-                self._turns.notify_all()
+            yield mark
 
     def missing(self, caller: Caller, plan_id: str) -> list[tuple[int, int]] | None:
-        """Chunks that are missing of the caller's contribution to a plan; None: never heard of it."""
+        """Chunks that are missing of the caller's contribution to a plan; None: never heard of it.
+
+        Raises:
+            Unavailable: Another process receives it just now.
+        """
         for folder in self._site_folder(caller.identity.name).glob("*/"):
             try:
                 header = Header.decode((folder / HEADER).read_bytes())
@@ -232,25 +243,22 @@ class Intake:
                 return self._missing(folder, index)
         return None
 
-    def _missing(self, folder: Path, index: Index) -> list[tuple[int, int]]:
-        contribution = folder.name
-        with self._turns:
-            if contribution in self._open:  # an older stream, which may still be receiving
-                file = self._open[contribution]
-                return [(0, len(index.chunks))] if file is None else file.missing()
-            self._open[contribution] = None
-        try:
-            with self._part(folder, index) as file:
+    def _missing(self, folder: Path, index: Index) -> list[tuple[int, int]] | None:
+        older = self._open.get(folder.name)
+        if older is not None:  # a stream of this process, which may still be receiving
+            return older.missing()
+        with self._turn(folder, STATUS_S) as mark:
+            if not (folder / HEADER).exists():  # it was answered meanwhile
+                _remove(folder)
+                return None
+            with self._part(folder, index, mark) as file:
                 return file.missing()
-        finally:
-            with self._turns:
-                del self._open[contribution]
-                self._turns.notify_all()
 
-    def _part(self, folder: Path, index: Index) -> ChunkFile:
-        first = folder.name not in self._seen
-        file = ChunkFile(folder / PAYLOAD, index, self._store.spares, verify=first)
-        self._seen.add(folder.name)
+    def _part(self, folder: Path, index: Index, mark: int) -> ChunkFile:
+        """The file; what another process wrote, an earlier daemon perhaps, is verified first."""
+        ours = os.pread(mark, len(self._name), 0) == self._name
+        file = ChunkFile(folder / PAYLOAD, index, self._store.spares, verify=not ours)
+        os.pwrite(mark, self._name, 0)
         return file
 
     def receive(self, file: ChunkFile, chunks: Iterator[Chunk], site: str) -> int:
@@ -329,9 +337,8 @@ class Intake:
         )
 
     def forget(self, site: str, contribution: str) -> None:
-        """Remove what is left in the spool."""
-        shutil.rmtree(self._folder(site, contribution), ignore_errors=True)
-        self._seen.discard(contribution)
+        """Remove what is left in the spool, for whoever has the turn."""
+        _remove(self._folder(site, contribution))
 
     def sweep(self) -> None:
         """Remove what arrived in part for plans that are over; for the daemon's start."""
@@ -363,3 +370,11 @@ class Intake:
         spans = tensor_spans(header, covered)
         square, bad = first_bad(payload, spans)
         return (math.sqrt(square) if not bad else None), bad or side
+
+
+def _remove(folder: Path) -> None:
+    """Remove a contribution's folder, the lock last: who waits for it begins anew."""
+    for name in (*(p.name for p in folder.glob("*") if p.name != TURN), TURN):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody who waited has put a file there
+        folder.rmdir()

@@ -171,7 +171,7 @@ class Bucket:
 
     def clean(self) -> int:
         """See `Blobs.clean`."""
-        return self._cache.clear()
+        return self._cache.clear(unfinished=True)
 
     def spare(self) -> int:
         """See `Blobs.spare`."""

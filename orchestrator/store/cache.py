@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 Fetch = Callable[[Path], None]
@@ -17,7 +18,8 @@ Fetch = Callable[[Path], None]
 class Cache:
     """A folder of bounded size; what was not used for the longest goes first.
 
-    It begins empty: nothing in it was made durable, so nothing outlives a power cut half written.
+    The daemon begins with an empty one: nothing in it was made durable, so nothing outlives a power cut
+    half written. Its gateways use the same folder; each fetches for itself what none has finished.
 
     Args:
         folder: Of its own.
@@ -39,7 +41,7 @@ class Cache:
             try:
                 os.utime(path)
             except FileNotFoundError:
-                part = path.with_suffix(".part")
+                part = path.with_name(f"{name}.{os.getpid()}.part")
                 try:
                     fetch(part)
                     self.add(name, part)
@@ -83,22 +85,23 @@ class Cache:
         with self._lock:
             self._fetching.pop(name, None)
 
-    def clear(self) -> int:
-        """Remove all; gives their bytes."""
+    def clear(self, unfinished: bool = False) -> int:
+        """Remove all, what is being fetched too if that is wanted; gives their bytes."""
         with self._lock:
-            return self._trim(0, "")
+            return self._trim(0, "", unfinished)
 
-    def _trim(self, most: int, kept: str) -> int:
+    def _trim(self, most: int, kept: str, unfinished: bool = False) -> int:
         files = []
         for path in self._folder.iterdir():
-            stat = path.stat()
-            files.append((stat.st_mtime_ns, stat.st_size, path))
+            with suppress(FileNotFoundError):  # another process removed it
+                stat = path.stat()
+                files.append((stat.st_mtime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in files)
         freed = 0
         for _, size, path in sorted(files):
             if total - freed <= most:
                 break
-            if path.name != kept and path.suffix != ".part":
-                path.unlink()
+            if path.name != kept and (unfinished or path.suffix != ".part"):
+                path.unlink(missing_ok=True)
                 freed += size
         return freed

@@ -10,17 +10,18 @@ The folder has in any case
 
     scratch/                       unfinished files, on the same file system
     spare/                         files that the next contributions are written over
+    lock                           one process at a time puts an index, erases or collects
 
 A name appears only with complete, durable bytes behind it: an artefact's index comes after its data.
-Only the daemon changes the store; reducers read.
+Only the daemon and its gateways change the store; reducers read.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from orchestrator.store.collection import COLLECTED, collect
 from orchestrator.store.folder import Folder
 from orchestrator.store.space import Reservation, Space
 from orchestrator.store.tombstones import Tombstones
+from orchestrator.turns import FileLock
 from orchestrator.views import Collected
 from protos.digest import Bytes, is_digest
 from protos.digest import digest as digest_of
@@ -66,8 +68,8 @@ class Store:
         self._tombstones = Tombstones(self.blobs)
         self.spares = Spares(self.root / "spare", SPARES)
         self._space = Space(self.root, lambda: self.spares.clear() + self.blobs.spare())
-        self._lock = threading.RLock()  # among the daemon's threads: adopt, erase, collect
-        self._scratches = 0
+        self._lock = FileLock(self.root / "lock")  # daemon and gateways: adopt, erase, collect
+        self._numbers = itertools.count(1)
 
     # --------------------------------------------------------------------------- manifests
 
@@ -215,9 +217,7 @@ class Store:
 
     def scratch(self, name: str) -> Path:
         """A new path for an unfinished file; ``name`` is part of it, and every call gives another."""
-        with self._lock:
-            self._scratches += 1
-            number = self._scratches
+        number = next(self._numbers)
         safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:100]
         return self.root / "scratch" / f"{safe}.{os.getpid()}.{number}.{os.urandom(4).hex()}"
 

@@ -301,13 +301,7 @@ def test_a_second_stream_waits_for_the_first_and_hears_its_answer(
     threads: list[threading.Thread] = []
     waits = threading.Event()
 
-    class Turns(threading.Condition):
-        def wait_for(self, predicate: Any, timeout: float | None = None) -> Any:
-            if not predicate():
-                waits.set()
-            return super().wait_for(predicate, timeout)
-
-    monkeypatch.setattr(hall.intake, "_turns", Turns())
+    monkeypatch.setattr("orchestrator.turns._pause", waits.set)
     real = hall.intake._examine
 
     def examine(*args: Any) -> Any:

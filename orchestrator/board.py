@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.views import SitePhase, SiteWork, WorkState
@@ -23,7 +23,7 @@ class _Live:
     state: WorkState = "asked"
     error: str = ""
     reason: str = ""
-    phases: list[tuple[WorkState, float]] = field(default_factory=list)
+    phases: list[SitePhase] = field(default_factory=list)
     done: float | None = None
     planned: float | None = None
     unit: str = ""
@@ -38,28 +38,32 @@ class _Live:
     weight: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
+    shown: SiteWork | None = None  # as long as nothing changes
+
     def enter(self, state: WorkState, now: float) -> bool:
         """Enter a state; whether it is a new one."""
         if self.phases and self.state == state:
             return False
+        if self.phases:
+            self.phases[-1] = self.phases[-1].model_copy(update={"end": now})
         self.state = state
-        self.phases.append((state, now))
+        self.phases.append(SitePhase(state=state, start=now))
         return True
 
     def view(self, now: float) -> SiteWork:
         """The row as a view."""
-        ends = [start for _, start in self.phases[1:]]
-        ends.append(self.phases[-1][1] if self.phases and self.state in FINAL else now)
-        phases = tuple(
-            SitePhase(state=s, start=start, end=end if i < len(self.phases) - 1 else None)
-            for i, ((s, start), end) in enumerate(zip(self.phases, ends, strict=False))
-        )
+        eta_s = self._eta(now)
+        if self.shown is None or eta_s is not None:
+            self.shown = self._view(eta_s)
+        return self.shown
+
+    def _view(self, eta_s: float | None) -> SiteWork:
         return SiteWork(
             site=self.site,
             state=self.state,
             error=self.error,
             reason=self.reason,
-            phases=phases,
+            phases=tuple(self.phases),
             done=self.done,
             planned=self.planned,
             unit=self.unit,
@@ -67,7 +71,7 @@ class _Live:
             learning_rate=self.learning_rate,
             examples=self.examples,
             examples_per_s=self.examples_per_s,
-            eta_s=self._eta(now),
+            eta_s=eta_s,
             waits_until=None if self.state in FINAL else self.waits_until,
             received_bytes=self.received_bytes,
             sent_bytes=self.sent_bytes,
@@ -79,7 +83,7 @@ class _Live:
     def _eta(self, now: float) -> float | None:
         if self.state != "training" or not self.done or not self.planned:
             return None
-        started = next((t for s, t in reversed(self.phases) if s == "training"), now)
+        started = self.phases[-1].start
         return max(0.0, (self.planned - self.done) * (now - started) / self.done)
 
 
@@ -127,6 +131,7 @@ class Board:
             row = self._rows.get(site)
             if row is None or (row.state in FINAL and state not in FINAL):
                 return
+            row.shown = None
             row.error, row.reason = error, reason
             if state == "counted" and row.planned is not None:
                 row.done = row.planned
@@ -151,6 +156,7 @@ class Board:
             row = self._rows.get(site)
             if row is None or row.state in FINAL:
                 return
+            row.shown = None
             new = row.enter(state, now) or waits_until != row.waits_until
             row.waits_until = waits_until
             if state == "training":
@@ -180,6 +186,7 @@ class Board:
             row = self._rows.get(site)
             if row is None:
                 return
+            row.shown = None
             row.received_bytes += received
             row.sent_bytes += sent
             row.norm = norm if norm is not None else row.norm
@@ -198,11 +205,10 @@ class Board:
         with self._lock:
             return sum(r.received_bytes + r.sent_bytes for r in self._rows.values())
 
-    def mean_seconds(self) -> dict[str, float]:
-        """Seconds by phase: the sites' phases as a mean over the sites, and our own."""
+    def mean_seconds(self, rows: Sequence[SiteWork]) -> dict[str, float]:
+        """Seconds by phase: the phases of ``rows`` as a mean over the sites, and our own."""
         now = time.time()
         totals: dict[str, float] = {}
-        rows = self.rows()
         for row in rows:
             for phase in row.phases:
                 if phase.state not in FINAL:

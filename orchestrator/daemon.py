@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ class Daemon:
         self._compute_state: tuple[str, str] = ("starting", "")
         self._ended = threading.Event()
         self._stale: dict[str, None] = {}  # runs whose view changed since it was published
+        self._committed: deque[tuple[str, int, int]] = deque()  # attempts, not yet published so
         self._shown: dict[str, str] = {}  # the state of each run as it was published
         self.address = ""
         self.dashboard = ""
@@ -256,10 +258,15 @@ class Daemon:
 
     def changed(self, run: str) -> None:
         """A run's view changed: a round of it ended, or it did itself."""
-        if self.board.key[0] == run:
-            self._round_news.now()
+        key = self.board.key
         self._stale[run] = None
-        if self.ledger.run(run).state == self._shown.get(run) == "running":
+        steady = self.ledger.run(run).state == self._shown.get(run) == "running"
+        if key[0] == run and steady and self.ledger.round(*key).state == "committed":
+            self._committed.append(key)  # its view does not need the board any more
+            self._round_news.soon()
+        elif key[0] == run:
+            self._round_news.now()
+        if steady:
             self._run_news.soon()
         else:
             self._run_news.now()
@@ -283,18 +290,20 @@ class Daemon:
     def _publish_round(self) -> None:
         if self._ended.is_set() or not hasattr(self, "engine"):
             return
-        view = self.viewing.current_round()
-        if view is not None:
-            self._append(
-                Event(
-                    number=0,
-                    time=time.time(),
-                    kind="round",
-                    run=view.run,
-                    round=view.round,
-                    data=view.model_dump(mode="json"),
+        committed = [self._committed.popleft() for _ in range(len(self._committed))]
+        for key in dict.fromkeys([*committed, self.board.key]):
+            view = self.viewing.attempt(*key)
+            if view is not None:
+                self._append(
+                    Event(
+                        number=0,
+                        time=time.time(),
+                        kind="round",
+                        run=view.run,
+                        round=view.round,
+                        data=view.model_dump(mode="json"),
+                    )
                 )
-            )
 
     def _publish_site(self, site: str, text: str) -> None:
         if self._ended.is_set():

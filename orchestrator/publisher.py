@@ -13,6 +13,9 @@ EVERY_S = 0.25
 """A view is built and published at most this often: for 64 sites one is 80 KB, and a round in which
 they train for a moment has 450 changes."""
 
+REST = 10.0
+"""What a call took is waited this many times before the next: views are not to crowd out the work."""
+
 
 class Publisher:
     """Calls a function soon after something changed: at once if it was not called lately.
@@ -21,7 +24,7 @@ class Publisher:
 
     Args:
         publish: What is called; never twice at a time.
-        every_s: Least time between two calls that `soon` asks for.
+        every_s: Least time between two calls that `soon` asks for; more after a long one.
     """
 
     def __init__(self, publish: Callable[[], None], every_s: float = EVERY_S) -> None:
@@ -29,7 +32,7 @@ class Publisher:
         self._news = threading.Condition()
         self._calling = threading.Lock()
         self._due = self._closed = False
-        self._called = float("-inf")
+        self._next = float("-inf")
         self._thread = threading.Thread(target=self._live, name="publisher", daemon=True)
         self._thread.start()
 
@@ -44,9 +47,7 @@ class Publisher:
         """Something changed that must be seen as it is at this moment."""
         with self._news:
             self._due = False
-            self._called = time.monotonic()
-        with self._calling:
-            self._publish()
+        self._call()
 
     def close(self) -> None:
         """No call begins after this; waits for one that is under way."""
@@ -59,17 +60,22 @@ class Publisher:
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._due or self._closed)
-                self._news.wait_for(
-                    lambda: self._closed, self._called + self._every_s - time.monotonic()
-                )
+                self._news.wait_for(lambda: self._closed, self._next - time.monotonic())
                 if self._closed:
                     return
                 if not self._due:  # `now` came first
                     continue
                 self._due = False
-                self._called = time.monotonic()
             try:
-                with self._calling:
-                    self._publish()
+                self._call()
             except Exception:
                 log.exception("a view can't be published")
+
+    def _call(self) -> None:
+        with self._calling:
+            began = time.monotonic()
+            try:
+                self._publish()
+            finally:
+                took = time.monotonic() - began
+                self._next = began + max(self._every_s, REST * took)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator.compute.errors import ComputeDied
 from orchestrator.config import RunConfig
@@ -38,6 +39,8 @@ class Runner:
         self._stop_now: set[str] = set()
         self._stop_after: set[str] = set()
         self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
+        self._tidying = ThreadPoolExecutor(1, thread_name_prefix="tidying")
+        self._tidied: Future[None] | None = None
         self.current: str | None = None
 
     def start(self) -> None:
@@ -57,6 +60,7 @@ class Runner:
             self._wake.notify_all()
         self._engine.exchange.interrupt()
         self._thread.join(timeout=30)
+        self._tidying.shutdown()
 
     def stop(self, run: str, now: bool) -> None:
         """Stop a run: after the round under way, or at once."""
@@ -115,6 +119,7 @@ class Runner:
             last = ledger.last_committed(row.id)
             number = last.round + 1 if last is not None else 0
             if number > row.rounds:
+                self._tidy()
                 self._forget(row)
                 ledger.set_run(row.id, state="finished", reason="", ended=time.time())
                 self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
@@ -139,7 +144,8 @@ class Runner:
             abandoning, waiting = "", ""
             if outcome.state == "committed":
                 tries = 0
-                self._retire(row, number)
+                self._tidy()  # of the round before: not more than one is behind
+                self._tidied = self._tidying.submit(self._retire, row, number)
                 self._note("info", row, number, f"round {number} of {row.rounds} is committed")
             elif outcome.state == "held":
                 return self._pause(row, outcome.reason)
@@ -154,6 +160,12 @@ class Runner:
                     return self._pause(row, f"round {number}: {outcome.reason}")
             self._changed(row.id)
         return None
+
+    def _tidy(self) -> None:
+        """Wait until what the last commit made needless is collected: the next round went on."""
+        if self._tidied is not None:
+            self._tidied.result()
+            self._tidied = None
 
     def _retire(self, row: RunRow, number: int) -> None:
         try:

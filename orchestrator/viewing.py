@@ -69,9 +69,8 @@ class Viewing:
         row = self._ledger.run(run)
         return [self.round_of(r) for r in self._ledger.rounds(row.id) if r.round > 0]
 
-    def current_round(self) -> Round | None:
-        """The round that the board shows."""
-        run, number, attempt = self._board.key
+    def attempt(self, run: str, number: int, attempt: int) -> Round | None:
+        """One attempt of a round; None for the first model's, which is no round."""
         if number < 1:
             return None
         return self.round_of(self._ledger.round(run, number, attempt))
@@ -106,7 +105,7 @@ class Viewing:
             scores=summary.get("scores", {}),
             seconds=summary.get("seconds", {})
             if done
-            else self._board.mean_seconds()
+            else self._board.mean_seconds(sites)
             if live
             else {},
             wire_bytes=summary.get("wire_bytes", 0)

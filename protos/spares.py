@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+LEAST_BYTES = 1 << 20
+"""A smaller file costs less than to look for a spare."""
+
 
 class Spares:
     """A folder of spare files; several processes may use it at once.
@@ -29,7 +32,7 @@ class Spares:
     def give(self, path: Path) -> None:
         """Keep a file that is not needed any more, or remove it where there are enough."""
         try:
-            if len(self._found()) >= self._most or path.stat().st_size == 0:
+            if path.stat().st_size < LEAST_BYTES or len(self._found()) >= self._most:
                 path.unlink()
             else:
                 path.rename(self.folder / f"{os.getpid()}-{os.urandom(8).hex()}")
@@ -38,6 +41,8 @@ class Spares:
 
     def take(self, path: Path, nbytes: int) -> bool:
         """Move the spare that fits best to a path where nothing is; whether there was one."""
+        if nbytes < LEAST_BYTES:
+            return False
         found = self._found()
         fitting = [entry for entry in found if entry[0] >= nbytes]
         for _, spare in [*fitting, *reversed(found)]:

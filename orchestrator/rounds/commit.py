@@ -56,7 +56,7 @@ def summary(
         "calibration": assessed.calibration,
         "work": {k: v for k, v in draft["work"].items() if v is not None},
         "learning_rate": [schedule.lr, schedule.lr * schedule.decay],
-        "seconds": engine.board.mean_seconds(),
+        "seconds": engine.board.mean_seconds(rows),
         "wire_bytes": engine.board.wire_bytes(),
         "sites": [r.model_dump(mode="json") for r in rows],
         "finished": time.time(),

@@ -200,7 +200,7 @@ def test_seconds_are_means_over_the_sites_and_our_own(board: Board, clock: Clock
     clock.now += 2
     board.took("reducing", 1.5)
     board.took("reducing", 0.5)
-    assert board.mean_seconds() == {
+    assert board.mean_seconds(board.rows()) == {
         "waiting": pytest.approx((2 + 8) / 2),
         "training": pytest.approx(4 / 2),
         "reducing": 2.0,
@@ -208,5 +208,5 @@ def test_seconds_are_means_over_the_sites_and_our_own(board: Board, clock: Clock
 
 
 def test_no_sites_no_seconds(clock: Clock) -> None:
-    assert Board().mean_seconds() == {}
+    assert Board().mean_seconds(()) == {}
     assert Board().rows() == ()

@@ -130,14 +130,14 @@ def test_missing_sites_are_named_with_the_reason(bench: Workbench, viewing: View
 
 
 def test_the_round_under_way_is_the_boards(bench: Workbench, viewing: Viewing) -> None:
-    assert viewing.current_round() is None
+    assert viewing.attempt(*bench.board.key) is None
     bench.commit("r", 0)
     draft = {"schedule": {"lr": 0.5, "decay": 0.5}, "work": {"epochs": 2.0, "steps": None}}
     bench.ledger.plan_round(RoundRow("r", 1, 1, draft=draft, started=100.0, deadline_s=60.0))
     bench.board.begin("r", 1, 1, ["north", "south"])
     bench.board.set_state("north", "counted")
     bench.board.note("north", sent=10)
-    view = viewing.current_round()
+    view = viewing.attempt(*bench.board.key)
     assert view is not None
     assert [(s.site, s.state) for s in view.sites] == [("north", "counted"), ("south", "asked")]
     assert view.wire_bytes == 10
@@ -159,7 +159,7 @@ def test_round_zero_is_no_round_of_the_table(bench: Workbench, viewing: Viewing)
     bench.commit("r", 0)
     bench.board.begin("r", 0, 1, ["north"])
     assert viewing.rounds("r") == []
-    assert viewing.current_round() is None
+    assert viewing.attempt(*bench.board.key) is None
 
 
 # -- runs -------------------------------------------------------------------------------------------

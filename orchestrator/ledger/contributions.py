@@ -49,30 +49,7 @@ class Contributions(Plans):
             NotFound: The site has no such plan.
         """
         now = self._clock()
-        with self._writing() as db:
-            known = _find(db, row.digest)
-            if known is not None:
-                return _again(db, known, row.site)
-            plan = find_plan(db, row.plan_id, row.site)
-            if plan is None:
-                raise no_plan(row.plan_id, row.site)
-            if plan.work_digest != row.work_digest:
-                return _refused(plan, f"plan {plan.id} asks for other work")
-            target = _open_target(db, plan)
-            if target is None:
-                if plan.answer in ("counted", "refused"):
-                    return _refused(plan, f"plan {plan.id} has its answer: {plan.answer}")
-                _insert(db, plan, row, "late")
-                set_answer(db, plan, "late", now)
-                return Acceptance("late", plan.id, _late(plan.id))
-            if target.answer in ("counted", "refused", "late"):
-                return _refused(target, f"plan {target.id} has its answer: {target.answer}")
-            _insert(db, plan, row, "counted")
-            set_answer(db, target, "counted", now, contribution=row.digest)
-            chain.append(
-                db, plan.run, "accepted", now, {"contribution": row.digest, "plan": target.id}
-            )
-            return Acceptance("counted", target.id)
+        return self._written(lambda db: _accept(db, row, now))
 
     def carry_over(self, run: str, round: int, attempt: int) -> list[ContributionRow]:
         """Count finished work of abandoned attempts for the plans that ask for it again.
@@ -176,6 +153,30 @@ class Contributions(Plans):
 def _find(db: sa.Connection, digest: str) -> ContributionRow | None:
     row = db.execute(_FIND, {"the_digest": digest}).first()
     return None if row is None else ContributionRow(*row)
+
+
+def _accept(db: sa.Connection, row: ContributionRow, now: float) -> Acceptance:
+    known = _find(db, row.digest)
+    if known is not None:
+        return _again(db, known, row.site)
+    plan = find_plan(db, row.plan_id, row.site)
+    if plan is None:
+        raise no_plan(row.plan_id, row.site)
+    if plan.work_digest != row.work_digest:
+        return _refused(plan, f"plan {plan.id} asks for other work")
+    target = _open_target(db, plan)
+    if target is None:
+        if plan.answer in ("counted", "refused"):
+            return _refused(plan, f"plan {plan.id} has its answer: {plan.answer}")
+        _insert(db, plan, row, "late")
+        set_answer(db, plan, "late", now)
+        return Acceptance("late", plan.id, _late(plan.id))
+    if target.answer in ("counted", "refused", "late"):
+        return _refused(target, f"plan {target.id} has its answer: {target.answer}")
+    _insert(db, plan, row, "counted")
+    set_answer(db, target, "counted", now, contribution=row.digest)
+    chain.append(db, plan.run, "accepted", now, {"contribution": row.digest, "plan": target.id})
+    return Acceptance("counted", target.id)
 
 
 def _again(db: sa.Connection, known: ContributionRow, site: str) -> Acceptance:

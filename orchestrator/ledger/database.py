@@ -6,10 +6,11 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -25,6 +26,18 @@ BUSY_S = 5.0
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+T = TypeVar("T")
+
+
+class _Work(Generic[T]):
+    """What somebody waits to write, and what came of it."""
+
+    def __init__(self, work: Callable[[sa.Connection], T]) -> None:
+        self.work = work
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.done = False
+
 
 class Database:
     """An open database; `open` makes one."""
@@ -33,6 +46,7 @@ class Database:
         self._engine, self._name, self._clock = engine, name, clock
         self._reader = engine.execution_options(reading=True)
         self._writer = threading.RLock()
+        self._waiting: deque[_Work[Any]] = deque()
 
     @classmethod
     def open(cls, where: str | Path, clock: Callable[[], float] = time.time) -> Self:
@@ -89,6 +103,35 @@ class Database:
         """One transaction that may write: all of it is durable afterwards, or none of it."""
         with self._writer, self._translated(), self._engine.begin() as db:
             yield db
+
+    def _written(self, work: Callable[[sa.Connection], T]) -> T:
+        """Do some work and make it durable, in one transaction with what others wait to do.
+
+        To sync costs more than to write, and one sync does for all: whoever has the lock works for
+        those who came meanwhile. If anything fails, each has a transaction of its own.
+        """
+        mine = _Work(work)
+        self._waiting.append(mine)
+        with self._writer:
+            if not mine.done:
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                self._write(batch)
+        if mine.error is not None:
+            raise mine.error
+        return mine.result  # type: ignore[return-value]
+
+    def _write(self, batch: Sequence[_Work[Any]]) -> None:
+        try:
+            with self._writing() as db:
+                results = [one.work(db) for one in batch]
+        except Exception as error:  # noqa: BLE001 - whoever asked for the work raises it
+            if len(batch) > 1:
+                for one in batch:
+                    self._write([one])
+                return
+            results, batch[0].error = [None], error
+        for one, result in zip(batch, results, strict=True):
+            one.result, one.done = result, True
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:

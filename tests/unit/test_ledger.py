@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -238,6 +239,52 @@ def test_many_threads_write(ledger: Ledger) -> None:
         thread.join()
     assert (verdicts.count(False), verdicts.count(True)) == (16, 32)
     assert len(ledger.contributions("r1", 1, 1)) == 16
+    ledger.verify_entries("r1")
+
+
+class Queue(deque[Any]):
+    """A queue that says when something was put into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put = threading.Semaphore(0)
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        self.put.release()
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_what_waits_is_written_together_and_what_fails_spoils_no_other(
+    ledger: Ledger, stranger: bool
+) -> None:
+    ledger.create_run(run_row())
+    sites = ["east", "north", "south"]
+    ledger.plan_round(RoundRow("r1", 1, 1, started=1.0), [plan(1, site) for site in sites])
+    waiting = ledger._waiting = Queue()
+    commits: list[object] = []
+    sa.event.listen(ledger._engine, "commit", commits.append)
+    outcomes: dict[str, object] = {}
+
+    def send(site: str) -> None:
+        try:
+            outcomes[site] = ledger.accept(contribution(plan(1, site))).verdict
+        except NotFound:
+            outcomes[site] = "not found"
+
+    senders = [*sites, "west"] if stranger else sites
+    threads = [threading.Thread(target=send, args=(site,)) for site in senders]
+    with ledger._writer:  # somebody is writing
+        for thread in threads:
+            thread.start()
+        for _ in senders:
+            assert waiting.put.acquire(timeout=30)
+    for thread in threads:
+        thread.join()
+    assert {site: outcomes.pop(site) for site in sites} == dict.fromkeys(sites, "counted")
+    assert outcomes == ({"west": "not found"} if stranger else {})
+    assert len(commits) == (3 if stranger else 1)
+    assert [c.site for c in ledger.contributions("r1", 1, 1)] == sites
     ledger.verify_entries("r1")
 
 

@@ -190,6 +190,22 @@ class ListenSection(Section):
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1")
 
 
+class GatewaysSection(Section):
+    """Processes that carry models and contributions in the daemon's place.
+
+    Attributes:
+        processes: How many; 0: the daemon carries them itself.
+        bind: host:port that all of them listen on. Port 0 takes a free one. Empty: port 8472 of the
+            host of ``listen.bind``.
+        address: host:port that sites dial for them, where a balancer stands in front; empty: the
+            bound port of the host by which a site reaches the daemon.
+    """
+
+    processes: int = Field(0, ge=0, le=64)
+    bind: str = Field("", pattern=r"^(.+:\d{1,5})?$")
+    address: str = Field("", pattern=r"^(.+:\d{1,5})?$")
+
+
 class DashboardSection(Section):
     """The page. It binds to loopback only. Port 0 takes a free one; -1 turns it off."""
 
@@ -326,6 +342,7 @@ class DaemonConfig(Section):
     """``farflung.toml``."""
 
     listen: ListenSection = ListenSection()
+    gateways: GatewaysSection = GatewaysSection()
     dashboard: DashboardSection = DashboardSection()
     ray: RaySection = RaySection()
     plugins: PluginSection = PluginSection()
@@ -334,6 +351,11 @@ class DaemonConfig(Section):
     ledger: LedgerSection = LedgerSection()
     store: StoreSection = StoreSection()
     tasks: dict[Name, TaskSource] = {}
+
+    @property
+    def gateways_bind(self) -> str:
+        """host:port that the gateways share."""
+        return self.gateways.bind or f"{self.listen.bind.rpartition(':')[0]}:8472"
 
 
 def parse_run(text: str, where: str = "run.toml") -> RunConfig:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,47 +26,28 @@ from orchestrator.compute.client import ComputeClient
 from orchestrator.compute_settings import compute_config, described
 from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.exchange import Exchange
+from orchestrator.gateway.gateway_service import GatewayService
+from orchestrator.gateway.supervisor import Gateways, reserve
 from orchestrator.home import Home, split_address
 from orchestrator.intake import Intake
 from orchestrator.ledger import EventLog, Ledger
 from orchestrator.operator_service import OperatorService
-from orchestrator.operator_socket import OperatorSocket
+from orchestrator.operator_socket import GATEWAY, SOCKET_NAME, OperatorSocket
 from orchestrator.publisher import Publisher
+from orchestrator.recorder import LedgerRecorder
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
+from orchestrator.site_server import ServerKeys, add_port, site_server
 from orchestrator.site_service import BulkService, ControlService
 from orchestrator.store import open_store
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon as DaemonView
 from orchestrator.views import Event
 from protos.bulk import add_bulk
-from protos.errors import Unavailable
-from protos.identity import certificate_pem
-from protos.rpc import ErrorInterceptor
-from protos.v1 import operator_pb2_grpc, site_pb2_grpc
+from protos.v1 import gateway_pb2_grpc, operator_pb2_grpc, site_pb2_grpc
 
 log = logging.getLogger(__name__)
-
-SITE_THREADS = 512
-"""A stream holds one, a transfer another; they cost nothing until they are used."""
-
-MESSAGE_BYTES = 16 << 20
-
-WINDOW_BYTES = 4 << 20
-"""What a site may send ahead of what was read: 4 MiB a round trip, 1 Gbit/s at 33 ms."""
-
-SITE_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server would otherwise share the port in silence
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_BYTES),
-    ("grpc.http2.bdp_probe", 0),  # a window that it grows on a busy machine has no bound
-    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 60_000),  # a ping queues behind megabytes on a narrow line
-]
 
 
 class Daemon:
@@ -153,52 +133,54 @@ class Daemon:
 
     def _serve_sites(self) -> None:
         home, config = self.home, self.config
+        keys = ServerKeys.of(home, config)
         doorkeeper = Doorkeeper(self.ledger, home.federation)
-        intake = Intake(self.ledger, self.store, home.spool, Blocks(self.engine))
-        intake.sweep()
-        server = grpc.server(
-            ThreadPoolExecutor(SITE_THREADS, thread_name_prefix="site-rpc"),
-            interceptors=[ErrorInterceptor()],
-            options=SITE_OPTIONS,
-        )
+        recorder, blocks = LedgerRecorder(self.ledger, self.exchange), Blocks(self.engine)
+        intake = Intake(self.ledger, self.store, home.spool, recorder, blocks)
+        bulk_address = ""
+        if config.gateways.processes:
+            bulk_address = self._start_gateways(keys, recorder, blocks, intake)
+        else:
+            intake.sweep()
         control = ControlService(
-            home, self.ledger, doorkeeper, self.sessions, self.exchange, config.sites.heartbeat_s
-        )
-        bulk = BulkService(self.ledger, self.store, doorkeeper, intake, self.exchange)
+            home, self.ledger, doorkeeper, self.sessions, self.exchange,
+            config.sites.heartbeat_s, bulk_address,
+        )  # fmt: skip
+        server = site_server()
         site_pb2_grpc.add_ControlServicer_to_server(control, server)
-        add_bulk(bulk, server)
-        host, _ = split_address(config.listen.bind)
-        hosts = tuple(dict.fromkeys([*config.listen.hosts, host]))
-        if config.listen.address:
-            hosts = tuple(dict.fromkeys([split_address(config.listen.address)[0], *hosts]))
-        credentials = grpc.ssl_server_credentials(
-            [home.server_certificate(hosts)],
-            root_certificates=certificate_pem(home.authority()[1]),
-            require_client_auth=True,
-        )
-        try:
-            port = server.add_secure_port(config.listen.bind, credentials)
-        except RuntimeError:
-            raise Unavailable(
-                f"listen.bind: {config.listen.bind} can't be bound; is another server there?",
-                key="listen.bind",
-            ) from None
+        # With gateways too: sites of an earlier version know no other address.
+        add_bulk(BulkService(self.ledger, self.store, doorkeeper, intake, recorder), server)
+        port = add_port(server, config.listen.bind, keys, "listen.bind")
         server.start()
         self._closing.callback(lambda: server.stop(grace=1.0).wait())
+        host, _ = split_address(config.listen.bind)
         self.address = config.listen.address or f"{_dialled(host)}:{port}"
 
-    def _serve_operators(self) -> None:
-        where = OperatorSocket(self.home.path)
-        where.path.unlink(missing_ok=True)
-        server = grpc.server(
-            ThreadPoolExecutor(64, thread_name_prefix="operator-rpc"),
-            interceptors=[ErrorInterceptor()],
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
+    def _start_gateways(
+        self, keys: ServerKeys, recorder: LedgerRecorder, blocks: Blocks, intake: Intake
+    ) -> str:
+        """What sites are told of where the gateways are."""
+        config = self.config
+        held = reserve(config.gateways_bind)
+        self._closing.callback(held.close)
+        intake.sweep()  # now, when the gateways of an earlier daemon are gone
+        host, _ = split_address(config.gateways_bind)
+        port = held.getsockname()[1]
+        bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        service = GatewayService(
+            config, self.home.federation, bind, keys, self.ledger, recorder, blocks
         )
+        self._serve_locally(
+            GATEWAY, lambda server: gateway_pb2_grpc.add_GatewayServicer_to_server(service, server)
+        )
+        gateways = Gateways(
+            self.home, config.gateways.processes, lambda level, t: self.note(level, "", None, "", t)
+        )
+        self._closing.callback(gateways.stop)
+        gateways.start()
+        return config.gateways.address or f":{port}"
+
+    def _serve_operators(self) -> None:
         service = OperatorService(
             self.engine,
             self.runner,
@@ -209,14 +191,16 @@ class Daemon:
             self.changed,
             lambda: self.address,
         )
-        operator_pb2_grpc.add_OperatorServicer_to_server(service, server)
-        before = os.umask(0o177)
-        try:
-            server.add_insecure_port(where.target)
-            server.start()
-        finally:
-            os.umask(before)
+        self._serve_locally(
+            SOCKET_NAME,
+            lambda server: operator_pb2_grpc.add_OperatorServicer_to_server(service, server),
+        )
+
+    def _serve_locally(self, name: str, add: Callable[[grpc.Server], None]) -> None:
+        """Serve on a Unix socket of the home, for this user alone."""
+        where = OperatorSocket(self.home.path, name)
         self._closing.callback(where.close)
+        server = where.serve(add)
         self._closing.callback(lambda: server.stop(grace=0.5).wait())
 
     def _serve_page(self) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from orchestrator.doorkeeper import Caller
 from orchestrator.finiteness import first_bad, first_model_spans, side_spans, tensor_spans
 from orchestrator.ledger import ContributionRow, Ledger, PlanRow
+from orchestrator.recorder import Recorder
 from orchestrator.store import Store
 from orchestrator.turns import turn
 from protos.bulk import Chunk
@@ -87,15 +88,23 @@ class Intake:
     """Receives contributions; several processes may use one spool.
 
     Args:
-        ledger: Where they are counted.
+        ledger: Knows the plans.
         store: Where their bytes go.
         spool: Folder for what is arriving; on the store's file system.
+        recorder: Counts them.
         check_blocks: Decodes an encoded contribution and checks it.
     """
 
-    def __init__(self, ledger: Ledger, store: Store, spool: Path, check_blocks: BlockCheck) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: Store,
+        spool: Path,
+        recorder: Recorder,
+        check_blocks: BlockCheck,
+    ) -> None:
         self._ledger, self._store, self._spool = ledger, store, spool
-        self._check_blocks = check_blocks
+        self._recorder, self._check_blocks = recorder, check_blocks
         # The newest: all sites of a round ask for the same.
         self._covered: tuple[tuple[str, tuple[str, ...] | None], Manifest] | None = None
         self._open: dict[str, ChunkFile] = {}  # what this process writes, by contribution
@@ -300,7 +309,7 @@ class Intake:
                 tensor=bad,
             )
         self._store.adopt(announced.index, file.path)
-        acceptance = self._ledger.accept(
+        acceptance = self._recorder.accept(
             ContributionRow(
                 digest=announced.digest,
                 plan_id=header.plan_id,

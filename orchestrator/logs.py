@@ -31,10 +31,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(document, ensure_ascii=False)
 
 
-def log_to(folder: Path) -> None:
-    """Send everything to ``daemon.jsonl`` in a folder; warnings also to stderr."""
+def log_to(folder: Path, name: str = "daemon") -> None:
+    """Send everything to ``<name>.jsonl`` in a folder; warnings also to stderr."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = RotatingFileHandler(folder / "daemon.jsonl", maxBytes=LOG_BYTES, backupCount=4)
+    file = RotatingFileHandler(folder / f"{name}.jsonl", maxBytes=LOG_BYTES, backupCount=4)
     file.setFormatter(JsonLines())
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)

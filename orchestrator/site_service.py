@@ -17,6 +17,7 @@ from orchestrator.fanout import Fanout
 from orchestrator.home import Home
 from orchestrator.intake import Intake
 from orchestrator.ledger import Ledger
+from orchestrator.recorder import Hearing, Recorder
 from orchestrator.sessions import Session, Sessions
 from orchestrator.store import Store
 from orchestrator.views import WorkState
@@ -66,27 +67,22 @@ ANSWERED = {
 }
 
 
-class Listener(Protocol):
+class Listener(Hearing, Protocol):
     """Who wants to know what the sites do: the round under way."""
 
     def progress(self, site: str, plan_id: str, state: WorkState, said: site_pb2.Progress) -> None:
         """A site said where it is."""
-
-    def counted(self, site: str, plan_id: str, header_digest: str) -> None:
-        """A contribution is durable and counts."""
-
-    def failed(self, site: str, plan_id: str, error: str, message: str, how: str) -> None:
-        """A plan ended without a contribution: refused, failed or left."""
-
-    def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
-        """Payload bytes moved, seen from the site."""
 
     def left_run(self, site: str, run: str) -> None:
         """A site takes no further part in a run."""
 
 
 class ControlService(site_pb2_grpc.ControlServicer):
-    """Enrol, and the long-lived streams."""
+    """Enrol, and the long-lived streams.
+
+    Args:
+        bulk: What sites are told of where models and contributions go; see ``Welcome.bulk``.
+    """
 
     def __init__(
         self,
@@ -96,10 +92,11 @@ class ControlService(site_pb2_grpc.ControlServicer):
         sessions: Sessions,
         listener: Listener,
         heartbeat_s: float,
+        bulk: str = "",
     ) -> None:
         self._home, self._ledger, self._doorkeeper = home, ledger, doorkeeper
         self._sessions, self._listener = sessions, listener
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s, self._bulk = heartbeat_s, bulk
         self._authority = home.authority()
         self._enrolling = threading.Lock()
 
@@ -175,6 +172,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
                     version=__version__,
                     protocol=PROTOCOL,
                     heartbeat_s=self._heartbeat_s,
+                    bulk=self._bulk,
                 )
             )
         )
@@ -230,7 +228,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
 
 
 class BulkService(site_pb2_grpc.BulkServicer):
-    """Models down, contributions up."""
+    """Models down, contributions up; in the daemon and in every gateway."""
 
     def __init__(
         self,
@@ -238,10 +236,10 @@ class BulkService(site_pb2_grpc.BulkServicer):
         store: Store,
         doorkeeper: Doorkeeper,
         intake: Intake,
-        listener: Listener,
+        recorder: Recorder,
     ) -> None:
         self._ledger, self._store = ledger, store
-        self._doorkeeper, self._intake, self._listener = doorkeeper, intake, listener
+        self._doorkeeper, self._intake, self._recorder = doorkeeper, intake, recorder
         self._fanout = Fanout()
 
     def FetchModel(
@@ -267,7 +265,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
         path = self._store.path(request.digest)
         for nbytes, frame in self._fanout.frames(path, index, ranges):
             yield frame
-            self._listener.moved(site, received=nbytes)
+            self._recorder.moved(site, received=nbytes)
 
     def Contribute(
         self,
@@ -293,20 +291,17 @@ class BulkService(site_pb2_grpc.BulkServicer):
                     return settled
                 chunks = (m for m in request_iterator if isinstance(m, Chunk))
                 received = self._intake.receive(file, chunks, site)
-                self._listener.moved(site, sent=received)
+                self._recorder.moved(site, sent=received)
                 if not file.complete:
                     missing = sum(end - first for first, end in file.missing())
                     raise InvalidInput(
                         f"site {site}: {missing} chunks are missing; send them", site=site
                     )
-                answer = self._intake.complete(announced, file, caller)
+                return self._intake.complete(announced, file, caller)
         except FarflungError as error:
             if not _final(error):
                 raise
             return self._refuse(site, plan_id or _plan_of(first.head.header), error)
-        if answer.verdict == common_pb2.Answer.COUNTED:
-            self._listener.counted(site, answer.plan_id, answer.contribution)
-        return answer
 
     def _settled(self, plan_id: str, site: str, contribution: str) -> common_pb2.Answer | None:
         row = self._ledger.plan(plan_id, site)
@@ -321,10 +316,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
     def _refuse(self, site: str, plan_id: str, error: FarflungError) -> common_pb2.Answer:
         name = type(error).__name__
         log.warning("contribution refused: %s", error.message, extra={"site": site})
-        if self._ledger.plan(plan_id, site) is not None:
-            stands = self._ledger.answer_plan(plan_id, site, "refused", name, error.message)
-            if stands.answer == "refused":  # and not counted: another one was there before
-                self._listener.failed(site, plan_id, name, error.message, "refused")
+        self._recorder.refuse(plan_id, site, name, error.message)
         return _answer("refused", plan_id, "", name, error.message)
 
     def ContributionStatus(

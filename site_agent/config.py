@@ -214,6 +214,8 @@ class NetworkSection(Section):
         address: host:port of the orchestrator; empty for the one of the join token.
         server_name: Name to expect in the orchestrator's certificate where the address is
             another one (a tunnel, a forwarded port).
+        bulk_address: host:port for models and contributions where the one that the orchestrator
+            names for them is not reachable; not used if it names none.
         up_mbit_per_s: Most that contributions take of the line, in 10^6 bits a second; 0 for no cap.
         down_mbit_per_s: The same for models that are fetched.
         windows: When models and contributions may move; none for always.
@@ -221,6 +223,7 @@ class NetworkSection(Section):
 
     address: str = Field("", pattern=r"^$|^.+:\d+$")
     server_name: str = ""
+    bulk_address: str = Field("", pattern=r"^$|^.+:\d+$")
     up_mbit_per_s: Cap = 0.0
     down_mbit_per_s: Cap = 0.0
     windows: tuple[WindowSection, ...] = ()
@@ -325,6 +328,7 @@ TEMPLATE = """\
 [network]
 # address = "orchestrator.example:8470"       # where the join token's address is not reachable
 # server_name = "localhost"                   # name in its certificate, if dialled under another
+# bulk_address = "orchestrator.example:8472"  # where its gateways, if it has any, are not reachable
 # up_mbit_per_s = 20         # most that contributions take of the line; 0 for no cap
 # down_mbit_per_s = 100      # most that fetched models take
 #

@@ -108,7 +108,7 @@ def _orchestrator(home: Home) -> Iterator[Finding]:
     from site_agent.link.wire import Wire
 
     keys, config = Keys.load(home.keys), SiteConfig.load(home.config)
-    wire = Wire(lambda: keys, config.network.address, config.network.server_name)
+    wire = Wire(lambda: keys, config.network)
     problem = wire.diagnose()
     if problem is not None:
         yield Finding("orchestrator", "failed", problem.message)

@@ -11,7 +11,7 @@ The figures are medians over the rounds but the first:
 
 Peaks are over the whole run, and resident memory of a process tree is the sum over its processes,
 so that a page which several share counts in each. Ray's figure is that of the compute process with
-everything below it.
+everything below it; gateways, if there are any, are counted with the daemon that starts them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from orchestrator.federation import Federation
 from protos.chunks import write_durably
 
 
-def run_exchange(sites: int, model_bytes: int, rounds: int, file: Path | None) -> dict[str, Any]:
+def run_exchange(
+    sites: int, model_bytes: int, rounds: int, file: Path | None, gateways: int = 0
+) -> dict[str, Any]:
     """Measure, print, and write the figures into a file.
 
     Args:
@@ -39,11 +41,12 @@ def run_exchange(sites: int, model_bytes: int, rounds: int, file: Path | None) -
         model_bytes: Size of the model.
         rounds: At least 2; the first is left out of the medians.
         file: JSON file to write, if any.
+        gateways: Processes that carry the weights; 0: the daemon does.
     """
     out = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="farflung-exchange-") as folder:
         out.print(f"{sites} sites, {model_bytes / 1e6:g} MB, {rounds} rounds: starting …")
-        figures = measure_exchange(Path(folder), sites, model_bytes, rounds)
+        figures = measure_exchange(Path(folder), sites, model_bytes, rounds, gateways)
     out.print("The same bytes over bare gRPC with TLS …")
     # What a site really fetched and sent, so that both carry the same.
     each_way = round(figures["wire_bytes_per_round"] / (2 * sites))
@@ -54,7 +57,9 @@ def run_exchange(sites: int, model_bytes: int, rounds: int, file: Path | None) -
     return figures
 
 
-def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) -> dict[str, Any]:
+def measure_exchange(
+    folder: Path, sites: int, model_bytes: int, rounds: int, gateways: int = 0
+) -> dict[str, Any]:
     """The figures of this system alone; see the module's page."""
     names = site_names(sites)
 
@@ -66,10 +71,11 @@ def measure_exchange(folder: Path, sites: int, model_bytes: int, rounds: int) ->
             **{name: Group([agents[name].pid]) for name in names},
         }
 
-    trial = run_trial(folder, sites, model_bytes, rounds, grouping, 0.05)
+    trial = run_trial(folder, sites, model_bytes, rounds, grouping, 0.05, gateways=gateways)
     sampler, cpu_s = trial.sampler, [trial.sampler.cpu_s(*span) for span in trial.spans]
     return {
         "sites": sites,
+        "gateways": gateways,
         "model_bytes": trial.model_bytes,
         "rounds": rounds,
         "wall_s_per_round": median(trial.wall_s),

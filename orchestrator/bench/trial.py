@@ -74,6 +74,7 @@ def run_trial(
     grouping: Grouping,
     every_s: float,
     trainer: Sequence[str] = (),
+    gateways: int = 0,
 ) -> Trial:
     """Start a federation, run, and check what came out.
 
@@ -85,10 +86,12 @@ def run_trial(
         grouping: Which processes are added up.
         every_s: Time between two samples.
         trainer: Command of the sites' trainers; empty for the usual one.
+        gateways: Processes that carry models and contributions; 0: the daemon does.
     """
     elements = max(1, round(model_bytes / (4 * TENSORS)))
     names = site_names(sites)
-    with Federation(folder, sites=_tables(names, trainer)) as federation:
+    daemon = {"gateways": {"processes": gateways, "bind": "127.0.0.1:0"}}
+    with Federation(folder, sites=_tables(names, trainer), daemon=daemon) as federation:
         groups = grouping(federation)
         with Sampler(groups, every_s) as sampler:
             run = federation.wait(federation.launch(_config(names, elements, rounds)), RUN_S)

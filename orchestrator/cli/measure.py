@@ -51,6 +51,9 @@ def exchange(
     rounds: Annotated[
         int, typer.Option("--rounds", min=2, help="Rounds; the first is not counted.")
     ] = 5,
+    gateways: Annotated[
+        int, typer.Option("--gateways", min=0, help="Processes that carry the weights; 0: none.")
+    ] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the figures here.", dir_okay=False),
@@ -65,7 +68,7 @@ def exchange(
     """
     from orchestrator.bench.exchange import run_exchange
 
-    run_exchange(sites, round(model_mb * 1e6), rounds, json_file)
+    run_exchange(sites, round(model_mb * 1e6), rounds, json_file, gateways)
 
 
 @bench.command()

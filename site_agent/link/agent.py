@@ -63,13 +63,8 @@ class Agent:
         self._outbox = Outbox(home, config.site.keep_states)
         for name in self._outbox.damaged:
             self._journal.error("a damaged contribution is left aside", folder=name)
-        self._line = Line(home, config, lambda: self._wire.address, self._journal)
-        self._wire = Wire(
-            lambda: self._keys,
-            config.network.address,
-            config.network.server_name,
-            self._line.target,
-        )
+        self._line = Line(home, config, lambda: self._wire.bulk_address, self._journal)
+        self._wire = Wire(lambda: self._keys, config.network, self._line.target)
         self._fetcher = Fetcher(
             self._wire,
             home.cache,
@@ -96,7 +91,7 @@ class Agent:
             self._wire,
             self._hello,
             self._hear,
-            self._sender.attached,
+            self._attached,
             lambda: self._paused,
             self._journal,
         )
@@ -190,6 +185,12 @@ class Agent:
 
     def _device(self) -> str:
         return device_kind(self._worker.trainer_device or self._config.site.device)
+
+    def _attached(self, welcome: site_pb2.Welcome | None) -> None:
+        if welcome is not None and self._wire.move_bulk(welcome.bulk):
+            self._fetcher.reconnect()
+            self._sender.reconnect()
+        self._sender.attached(welcome is not None)
 
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):
@@ -347,6 +348,7 @@ class Agent:
             "site": self.site,
             "federation": self._keys.federation,
             "orchestrator": self._wire.address,
+            "bulk": self._wire.bulk_address,
             "attached": self._stream.attached,
             "problem": "" if self._stream.attached else self._stream.problem,
             "paused": self._paused,

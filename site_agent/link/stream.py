@@ -155,7 +155,7 @@ class Stream:
         wire: Connections.
         hello: Makes the first message of a stream.
         hear: Called with every message of the orchestrator.
-        attached: Called with whether the stream is there.
+        attached: Called with the orchestrator's welcome, and with None when the stream ended.
         paused: Gives whether the site takes no new plans.
         journal: Log.
     """
@@ -165,7 +165,7 @@ class Stream:
         wire: Wire,
         hello: Callable[[], site_pb2.Hello],
         hear: Callable[[site_pb2.ToSite], None],
-        attached: Callable[[bool], None],
+        attached: Callable[[site_pb2.Welcome | None], None],
         paused: Callable[[], bool],
         journal: Journal,
     ) -> None:
@@ -301,7 +301,7 @@ class Stream:
                 self._outgoing = self._call = None
                 self.attached = False
             if welcomed:
-                self._on_attached(False)
+                self._on_attached(None)
             channel.close()
 
     def _welcomed(self, outgoing: Outgoing, welcome: site_pb2.Welcome) -> None:
@@ -317,7 +317,7 @@ class Stream:
             heartbeat_s=welcome.heartbeat_s,
         )
         self.problem = ""
-        self._on_attached(True)
+        self._on_attached(welcome)
 
     def _end_call(self) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import grpc
 
-from protos.errors import FarflungError, NotEnrolled, Unavailable
+from protos.errors import FarflungError, InvalidInput, NotEnrolled, Unavailable
 from protos.identity import key_pem
+from site_agent.config import NetworkSection
 from site_agent.link.keys import Keys
 
 MESSAGE_BYTES = 16 << 20
@@ -79,25 +81,52 @@ class Wire:
 
     Args:
         keys: Gives the keys; they change when a certificate is renewed.
-        address: host:port; empty for the join token's.
-        server_name: Name to expect in the orchestrator's certificate; empty for the host's.
+        network: Other addresses than the join token's and the orchestrator's own.
         valve: Gives what a bulk connection dials instead of the orchestrator; empty for nothing.
     """
 
     def __init__(
         self,
         keys: Callable[[], Keys],
-        address: str = "",
-        server_name: str = "",
+        network: NetworkSection,
         valve: Callable[[], str] = lambda: "",
     ) -> None:
-        self._keys, self._address, self._server_name = keys, address, server_name
-        self._valve = valve
+        self._keys, self._network, self._valve = keys, network, valve
+        self._server_name = network.server_name
+        self._bulk = ""
 
     @property
     def address(self) -> str:
         """host:port of the orchestrator."""
-        return self._address or self._keys().address
+        return self._network.address or self._keys().address
+
+    @property
+    def bulk_address(self) -> str:
+        """host:port for models and contributions."""
+        if not self._bulk:
+            return self.address
+        host = self._bulk.rpartition(":")[0] or self.address.rpartition(":")[0]
+        return self._network.bulk_address or f"{host}:{self._bulk.rpartition(':')[2]}"
+
+    def move_bulk(self, place: str) -> bool:
+        """Models and contributions go there from now on; whether that is somewhere else.
+
+        Args:
+            place: What the orchestrator says: host:port, ":port" for the host of `address`, or
+                nothing for `address` itself.
+
+        Raises:
+            InvalidInput: It is none of these.
+        """
+        if not re.fullmatch(r"([^\s:]*:\d{1,5}|\[[^\s\]]+\]:\d{1,5})?", place):
+            raise InvalidInput(
+                f"orchestrator {self.address}: it says that models and contributions go to "
+                f'"{place[:100]}", which is not host:port; its operator must correct '
+                "gateways.address"
+            )
+        before = self.bulk_address
+        self._bulk = place
+        return self.bulk_address != before
 
     def open(self) -> grpc.Channel:
         """A connection of its own."""
@@ -113,13 +142,14 @@ class Wire:
     def open_bulk(self) -> grpc.Channel:
         """A connection for models and contributions; through the valve while a cap is set."""
         keys, valve = self._keys(), self._valve()
-        name = self._server_name or (host_of(self.address) if valve else "")
+        address = self.bulk_address
+        name = self._server_name or (host_of(address) if valve else "")
         return dial(
-            valve or self.address,
+            valve or address,
             key_pem(keys.key),
             keys.certificate,
             keys.authority,
-            options=channel_options(self.address, name, BULK_TIMEOUT_MS),
+            options=channel_options(address, name, BULK_TIMEOUT_MS),
         )
 
     def diagnose(self) -> FarflungError | None:

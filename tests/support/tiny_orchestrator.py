@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from orchestrator.daemon import SITE_OPTIONS
+from orchestrator.site_server import SITE_OPTIONS
 from protos import identity
 from protos.chunks import ChunkFile, read_chunks
 from protos.contribution import Header
@@ -70,7 +70,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         )
         self.server = grpc.server(
             ThreadPoolExecutor(16),
-            options=SITE_OPTIONS,
+            options=[("grpc.so_reuseport", 0), *SITE_OPTIONS],
             interceptors=[ErrorInterceptor()],
         )
         site_pb2_grpc.add_ControlServicer_to_server(self, self.server)

@@ -14,6 +14,7 @@ from orchestrator.blocks import Blocks
 from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.intake import Intake
 from orchestrator.ledger import RoundRow
+from orchestrator.recorder import LedgerRecorder
 from orchestrator.rounds.plan import plan_row
 from orchestrator.site_service import BulkService
 from orchestrator.views import WorkState
@@ -104,16 +105,22 @@ class Hall:
         }
         self.base = bench.put_model(MANIFEST, self.values)
         self.heard = Heard()
-        self.intake = Intake(bench.ledger, bench.store, bench.home.spool, Blocks(bench.engine))
+        self.open_doors()
+        bench.run("r")
+        self.plans: dict[str, Plan] = {}
+
+    def open_doors(self) -> None:
+        bench, recorder = self.bench, LedgerRecorder(self.bench.ledger, self.heard)
+        self.intake = Intake(
+            bench.ledger, bench.store, bench.home.spool, recorder, Blocks(bench.engine)
+        )
         self.service = BulkService(
             bench.ledger,
             bench.store,
             Doorkeeper(bench.ledger, "f-hall"),
             self.intake,
-            self.heard,
+            recorder,
         )
-        bench.run("r")
-        self.plans: dict[str, Plan] = {}
 
     def open(self, number: int = 1, attempt: int = 1, abandoning: str = "", **more: Any) -> Plan:
         """Plan an attempt for both sites; gives the north's plan."""
@@ -149,13 +156,7 @@ class Hall:
         """The same as the next daemon would find it."""
         later = Hall.__new__(Hall)
         later.__dict__.update(self.__dict__)
-        later.intake = Intake(
-            self.bench.ledger, self.bench.store, self.bench.home.spool, Blocks(self.bench.engine)
-        )
-        later.service = BulkService(
-            self.bench.ledger, self.bench.store, Doorkeeper(self.bench.ledger, "f-hall"),
-            later.intake, self.heard,
-        )  # fmt: skip
+        later.open_doors()
         return later
 
     def status(self, plan: Plan, by: Contributor | None = None) -> site_pb2.StatusReply:

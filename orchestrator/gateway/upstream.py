@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from protos.contribution import Header
 from protos.errors import FarflungError
 from protos.rpc import from_rpc_error
 from protos.v1 import gateway_pb2, gateway_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 TELL_S = 0.25
 """Bytes that moved are told this often, and before a contribution is counted."""
@@ -64,6 +67,8 @@ class Upstream:
         self._tell()  # or the round may be over before its last bytes are known
         values = {name: getattr(row, name) for name in ROW}
         reply = _asked(self._stub.Accept, gateway_pb2.AcceptRequest(**values))
+        facts = {"site": row.site, "run": row.run, "round": row.round}
+        log.info("contribution %s: %s", row.digest[:12], reply.verdict, extra=facts)
         return Acceptance(reply.verdict, reply.plan_id, reply.reason, reply.again)
 
     def refuse(self, plan_id: str, site: str, error: str, message: str) -> None:

@@ -4,10 +4,12 @@ import threading
 
 import pytest
 
+from protos.errors import InvalidInput
 from protos.v1 import site_pb2
+from site_agent.config import NetworkSection
 from site_agent.link import stream as stream_module
 from site_agent.link.stream import HEARTBEAT_S, PROGRESS_S, STATE_S, Outgoing, Said
-from site_agent.link.wire import backoff, channel_options, host_of, is_loopback
+from site_agent.link.wire import Wire, backoff, channel_options, host_of, is_loopback
 
 
 def progress(plan: str, state: int, done: float = 0.0) -> site_pb2.Progress:
@@ -132,3 +134,43 @@ def test_addresses() -> None:
     named = dict(channel_options("tunnel.example:1", "localhost"))
     assert named["grpc.ssl_target_name_override"] == "localhost"
     assert "grpc.enable_http_proxy" not in named
+
+
+class Keys:
+    address = "train.example.org:8470"
+
+
+def wire(**network: str) -> Wire:
+    return Wire(lambda: Keys(), NetworkSection(**network))  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("told", "network", "dialled"),
+    [
+        ("", {}, "train.example.org:8470"),
+        (":8472", {}, "train.example.org:8472"),
+        ("bulk.example.org:9000", {}, "bulk.example.org:9000"),
+        ("[fe80::1]:9000", {}, "[fe80::1]:9000"),
+        (":8472", {"address": "10.0.0.1:7000"}, "10.0.0.1:8472"),
+        (":8472", {"address": "[::1]:7000"}, "[::1]:8472"),
+        (":8472", {"bulk_address": "10.0.0.1:7002"}, "10.0.0.1:7002"),
+        ("", {"bulk_address": "10.0.0.1:7002"}, "train.example.org:8470"),
+    ],
+)
+def test_where_models_and_contributions_go(
+    told: str, network: dict[str, str], dialled: str
+) -> None:
+    line = wire(**network)
+    before = line.bulk_address
+    assert line.move_bulk(told) == (dialled != before)
+    assert line.bulk_address == dialled
+    assert not line.move_bulk(told)
+    assert line.move_bulk("") == (dialled != before)
+
+
+@pytest.mark.parametrize(
+    "told", ["8472", "host", "a b:1", "host:", "host:port", "x/y", "fe80::1:9"]
+)
+def test_an_orchestrator_that_says_nonsense_is_told_so(told: str) -> None:
+    with pytest.raises(InvalidInput, match="which is not host:port"):
+        wire().move_bulk(told)

@@ -24,6 +24,9 @@ SMALL_BYTES = 64 << 10
 SAVE_CHUNKS = 256
 """How many chunks of a long transfer a power cut may lose."""
 
+BEHIND_CHUNKS = 8
+"""A file that will be synced is written out in pieces of so many chunks, while more of it comes."""
+
 
 def sync_folder(path: Path) -> None:
     """Make renames and new names in a folder durable."""
@@ -63,6 +66,13 @@ def write_durably(path: Path, data: Bytes, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
+def write_out(fd: int, start: int, stop: int) -> None:
+    """Have a range that was just written brought to disk, without waiting: a later sync finds it done."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        # Drops what of the range is on disk already from the cache, too: nothing is, so soon.
+        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
 class IndexWriter:
     """Writes an artefact's bytes in order into a file and hashes each chunk on the way.
 
@@ -98,6 +108,10 @@ class IndexWriter:
     def _end_chunk(self) -> None:
         self._chunks.append(self._hasher.hexdigest())
         self._hasher, self._filled = hasher(), 0
+        count = len(self._chunks)
+        if count % BEHIND_CHUNKS == 0:
+            start = (count - BEHIND_CHUNKS) * CHUNK_BYTES
+            write_out(self._file.fileno(), start, count * CHUNK_BYTES)
 
     def finish(self, manifest_digest: str) -> Index:
         """Write what is pending and give the index of its bytes. Whoever names the file syncs it."""
@@ -126,12 +140,20 @@ class ChunkFile:
         spares: Where a file to write over may be found.
         verify: Whether to look at what the record says is there: for the first time in a process,
             since a disk may damage what it held meanwhile.
+        durable: Whether the complete file is synced before it gets its name. If not, a power cut
+            may leave the name with other bytes behind it.
     """
 
     def __init__(
-        self, path: Path, index: Index, spares: Spares | None = None, verify: bool = False
+        self,
+        path: Path,
+        index: Index,
+        spares: Spares | None = None,
+        *,
+        verify: bool = False,
+        durable: bool = True,
     ) -> None:
-        self.path, self.index = path, index
+        self.path, self.index, self._durable = path, index, durable
         self._part, self._record = part_of(path), _record_of(path)
         found = self._part.exists()
         # It was complete, and whoever wanted it died before taking it; or it is to be looked at again.
@@ -209,6 +231,8 @@ class ChunkFile:
         if not self._have[number]:
             self._have[number] = 1
             self.received_bytes += size
+        if self._durable and (number + 1) % BEHIND_CHUNKS == 0:
+            write_out(self._fd, (number + 1 - BEHIND_CHUNKS) * CHUNK_BYTES, start)
         self._unsaved += 1
         if self._unsaved >= SAVE_CHUNKS:
             self.save()
@@ -219,24 +243,21 @@ class ChunkFile:
         write_durably(self._record, self.index.digest.encode() + bytes(self._have), 0o600)
         self._unsaved = 0
 
-    def finish(self, durably: bool = True) -> None:
+    def finish(self) -> None:
         """Close a complete file, give it its name, and forget the record.
-
-        Args:
-            durably: Sync it first. Without, a power cut may leave the name with other bytes behind it.
 
         Raises:
             DataCorrupt: Chunks are missing.
         """
         if not self.complete:
             raise DataCorrupt(f"{self.path.name}: chunks {self.missing()[:3]} are missing")
-        if durably:
+        if self._durable:
             os.fdatasync(self._fd)
         os.close(self._fd)
         self._fd = -1
         self._part.rename(self.path)
         self._record.unlink(missing_ok=True)
-        if durably:
+        if self._durable:
             sync_folder(self.path.parent)
 
     def close(self) -> None:

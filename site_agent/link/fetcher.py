@@ -170,7 +170,7 @@ class Fetcher:
             return True
         with self._part(path, index) as file:
             if file.complete:
-                file.finish(durably=False)
+                file.finish()
         return path.exists()
 
     def _unpack(self, want: Want, path: Path) -> bool:
@@ -185,7 +185,7 @@ class Fetcher:
             for number in range(len(file.index.chunks)):
                 start, stop = file.index.span(number)
                 file.write(number, model.data[start:stop])
-            file.finish(durably=False)
+            file.finish()
         self.received_bytes += len(model.data)
         return True
 
@@ -194,7 +194,7 @@ class Fetcher:
         index = _known(path)
         file = self._part(path, index) if index is not None else None
         if file is not None and file.complete:  # all came, and the agent ended before it knew
-            file.finish(durably=False)
+            file.finish()
             return True
         missing = file.missing() if file is not None else []
         request = site_pb2.FetchRequest(
@@ -220,7 +220,7 @@ class Fetcher:
                 raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
             if not file.complete:
                 return False
-            file.finish(durably=False)
+            file.finish()
         except ValueError:  # another thread closed the channel between two lines
             return False
         except grpc.RpcError as error:
@@ -258,7 +258,8 @@ class Fetcher:
         return self._part(path, index)
 
     def _part(self, path: Path, index: Index) -> ChunkFile:
-        file = ChunkFile(path, index, self._spares, verify=path.stem not in self._seen)
+        verify = path.stem not in self._seen
+        file = ChunkFile(path, index, self._spares, verify=verify, durable=False)
         self._seen.add(path.stem)
         return file
 

@@ -141,7 +141,7 @@ class Keys:
 
 
 def wire(**network: str) -> Wire:
-    return Wire(lambda: Keys(), NetworkSection(**network))  # type: ignore[arg-type, return-value]
+    return Wire(Keys, NetworkSection(**network))  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,17 @@ TEMPLATE = """\
 # Farflung's orchestrator. Every key has a default; unknown keys are refused.
 
 [listen]
-bind = "{bind}"          # the one port that sites dial
+bind = "{bind}"          # the port that sites dial
 address = "{address}"    # what join tokens tell the sites; empty: the bound address
 hosts = {hosts}          # names and addresses in the server's certificate
 
 [dashboard]
 port = {dashboard}       # on loopback; 0 takes a free one, -1 turns the page off
+
+# [gateways]
+# processes = 4          # carry models and contributions in the daemon's place, on a port of theirs
+# bind = "0.0.0.0:8472"  # by default 8472 of the host of listen.bind
+# address = ""           # what sites dial for it, where a balancer stands in front
 
 [sites]
 heartbeat_s = 2.0        # a site is gone after three missed ones

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from protos.contribution import Header
 from protos.errors import DataCorrupt
 from protos.plan import Plan
 
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 128 << 20
+"""A header and an index at their largest, and some."""
 
 
 class Line(BaseModel):
@@ -48,10 +50,10 @@ class Perform(Line):
 
     Attributes:
         job: As in ``Prepare``.
-        base: File of the base, and of its manifest beside it; empty for init.
+        base: File of the base, which has the plan's manifest; empty for init.
         frozen: File of the frozen part, if it was asked for.
-        state: Folder of the site's state to start from; empty for none.
-        out: A folder that must not exist; what it holds at the end is the contribution.
+        state: Folder that holds the site's state to start from; empty for none.
+        out: A folder that must not exist; at the end it holds payload and next state.
         spares: Folder of files that may be written over.
     """
 
@@ -107,7 +109,7 @@ class Progress(Line):
 
     event: Literal["progress"] = "progress"
     job: int
-    state: Literal["PREPARING", "TRAINING", "ENCODING"]
+    state: Literal["TRAINING", "ENCODING"]
     done: float = 0.0
     planned: float = 0.0
     unit: str = ""
@@ -117,10 +119,17 @@ class Progress(Line):
 
 
 class Done(Line):
-    """The contribution is complete in its folder, and synced."""
+    """The contribution is complete in its folder. The link syncs it.
+
+    Attributes:
+        header: Its draft: the link applies the site's policy to its metrics and signs it.
+        index: Of the payload, as `protos.manifest.Index` encodes it.
+    """
 
     event: Literal["done"] = "done"
     job: int
+    header: Header
+    index: str
 
 
 class Cancelled(Line):

@@ -10,6 +10,7 @@ from typing import Any
 
 from protos.contribution import Header
 from protos.errors import FarflungError, InvalidInput, PolicyRefused
+from protos.manifest import Index
 from protos.plan import Plan
 from protos.v1 import site_pb2
 from site_agent.config import SiteConfig
@@ -93,6 +94,7 @@ class Agent:
             self._hear,
             self._attached,
             lambda: self._paused,
+            self._disclosure.progress,
             self._journal,
         )
         self._worker.pause(self._paused)
@@ -263,8 +265,8 @@ class Agent:
 
     # -- the parts' messages -----------------------------------------------------------------------
 
-    def _sign(self, folder: Path, header: Header) -> Entry:
-        entry = self._outbox.admit(folder, header, self._keys.key)
+    def _sign(self, folder: Path, header: Header, index: Index) -> Entry:
+        entry = self._outbox.admit(folder, header, index, self._keys.key)
         self._disclosure.sent("header", header=header.model_dump(mode="json", exclude={"blocks"}))
         return entry
 
@@ -272,10 +274,7 @@ class Agent:
         """A plan is in another state, or further."""
         if progress.state in MOVING:
             progress.waits_until = self._line.network.opens
-        waits = progress.waits_until
-        if progress.state != assignment.state or waits != assignment.waits_until:
-            self._disclosure.progress(progress)
-        assignment.state, assignment.waits_until = progress.state, waits
+        assignment.state, assignment.waits_until = progress.state, progress.waits_until
         assignment.done, assignment.planned = progress.done, progress.planned
         assignment.unit = progress.unit
         self._stream.progress(progress)

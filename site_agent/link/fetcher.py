@@ -39,12 +39,14 @@ class Want:
 
     Attributes:
         digest: Of its index.
+        manifest: Digest of the manifest that it must have; empty for any.
         wanted: Whether somebody still waits for it.
         progress: Called with bytes here and bytes in all.
         done: Called with the file, or with what went wrong.
     """
 
     digest: str
+    manifest: str
     wanted: Callable[[], bool]
     progress: Callable[[int, int], None]
     done: Callable[[Path | FarflungError], None]
@@ -55,7 +57,8 @@ class Fetcher:
 
     Args:
         wire: Connections.
-        cache: Folder: ``<digest>.data``, ``.index``, ``.manifest``.
+        cache: Folder: ``<digest>.data`` and ``.index``; ``<its own digest>.manifest``, one for all
+            models that have it. What came with a plan has no index there: after a restart it comes again.
         policy: Bounds the size.
         keep: How many files stay.
         spares: Files to write over.
@@ -79,9 +82,11 @@ class Fetcher:
         self._lock = threading.Lock()
         self._open = threading.Event()
         self._open.set()
-        self._in_use: list[str] = []
         self._came: dict[str, site_pb2.SmallModel] = {}
         self._seen: set[str] = set()  # what this process has verified since it started
+        self._whole: dict[str, Index] = {}  # what it knows to be here whole
+        self._manifests: dict[str, int] = {}  # that it has written, and the size of their models
+        self._used = _oldest_first(cache)  # digests of the files, the one used last at the end
         self.received_bytes = 0
 
     busy = False
@@ -124,11 +129,8 @@ class Fetcher:
         while (want := self._queue.get()) is not None and not self._stop.is_set():
             try:
                 path = self._obtain(want)
-            except FarflungError as error:
-                want.done(error)
-                continue
-            except OSError as error:
-                want.done(OutOfSpace(f"cache: {error.strerror or error}"))
+            except (FarflungError, OSError) as error:
+                want.done(why_not(error))
                 continue
             if path is not None:
                 want.done(path)
@@ -141,13 +143,49 @@ class Fetcher:
 
     def keep(self, digest: str) -> None:
         """Something fetched earlier is still in use."""
-        if digest and self.path(digest).exists():
-            self.path(digest).touch()
+        with self._lock:
+            if digest in self._used:
+                self._use(digest)
+
+    def at_hand(self, digest: str, manifest: str) -> Path | None:
+        """A file that is here, or came with its plan, and need not be fetched; for any thread.
+
+        Raises:
+            DataCorrupt: What came is not what the plan names.
+            OSError: It can't be written.
+        """
+        path = self.path(digest)
+        with self._lock:
+            model = self._came.pop(digest, None)
+            index = self._whole.get(digest)
+        if index is None and model is not None:
+            index = self._unpack(digest, path, model)
+        if index is None or not _has_size(path, index.nbytes):
+            return None
+        _check_manifest(index, manifest)
+        with self._lock:
+            self._use(digest)
+            self._prune()
+        return path
+
+    def _unpack(self, digest: str, path: Path, model: site_pb2.SmallModel) -> Index | None:
+        """Write down what came with a plan; None if that is not all of it."""
+        index = self._announced(digest, model.head)
+        if len(model.data) != index.nbytes:
+            return None
+        for number, chunk in enumerate(index.chunks):
+            start, stop = index.span(number)
+            if digest_of(model.data[start:stop]) != chunk:
+                raise DataCorrupt(f"model {digest[:12]}: chunk {number} is not the announced one")
+        path.write_bytes(model.data)
+        self.received_bytes += len(model.data)
+        with self._lock:
+            self._whole[digest] = index
+        return index
 
     def _obtain(self, want: Want) -> Path | None:
         path = self.path(want.digest)
-        self._use(want.digest)
-        if not self._is_here(path) and not self._unpack(want, path):
+        if not self._is_here(path):
             waits, before = backoff(), self.received_bytes
             while not self._download(want, path):
                 if self.received_bytes > before:  # cut often, but it does carry something
@@ -157,14 +195,20 @@ class Fetcher:
                 while not self._open.wait(WANTED_S):
                     if self._stop.is_set() or not want.wanted():
                         return None
-        path.touch()
-        self._prune()
+        index = self._known(path)
+        if index is not None:
+            _check_manifest(index, want.manifest)
+        with self._lock:
+            if index is not None:
+                self._whole[want.digest] = index
+            self._use(want.digest)
+            self._prune()
         return path
 
     def _is_here(self, path: Path) -> bool:
         """Whether a file is here whole; the first time in a process it is verified, not believed."""
-        index = _known(path)
-        if index is None or not path.exists() or path.stat().st_size != index.nbytes:
+        index = self._known(path)
+        if index is None or not _has_size(path, index.nbytes):
             return False
         if path.stem in self._seen:
             return True
@@ -173,25 +217,9 @@ class Fetcher:
                 file.finish()
         return path.exists()
 
-    def _unpack(self, want: Want, path: Path) -> bool:
-        """Write down what came with a plan; False if nothing did, or not all of it."""
-        with self._lock:
-            model = self._came.pop(want.digest, None)
-        if model is None:
-            return False
-        with self._announced(want, path, model.head) as file:
-            if len(model.data) != file.index.nbytes:
-                return False
-            for number in range(len(file.index.chunks)):
-                start, stop = file.index.span(number)
-                file.write(number, model.data[start:stop])
-            file.finish()
-        self.received_bytes += len(model.data)
-        return True
-
     def _download(self, want: Want, path: Path) -> bool:
         """One attempt; False if the connection broke."""
-        index = _known(path)
+        index = self._known(path)
         file = self._part(path, index) if index is not None else None
         if file is not None and file.complete:  # all came, and the agent ended before it knew
             file.finish()
@@ -215,7 +243,9 @@ class Fetcher:
                     self.received_bytes += len(reply.data)
                     want.progress(file.received_bytes, file.index.nbytes)
                 elif file is None:
-                    file = self._announced(want, path, reply.head)
+                    index = self._announced(want.digest, reply.head)
+                    path.with_suffix(".index").write_bytes(index.encoded)
+                    file = self._part(path, index)
             if file is None:
                 raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
             if not file.complete:
@@ -236,12 +266,18 @@ class Fetcher:
                 file.close()
         return True
 
-    def _announced(self, want: Want, path: Path, head: site_pb2.ArtefactHead) -> ChunkFile:
-        index, manifest = Index.decode(head.index), Manifest.decode(head.manifest)
-        if index.digest != want.digest:
-            raise DataCorrupt(f"model {want.digest[:12]}: another index came than was asked for")
-        if manifest.digest != index.manifest or manifest.nbytes != index.nbytes:
-            raise DataCorrupt(f"model {want.digest[:12]}: its manifest is not the one of its index")
+    def _announced(self, digest: str, head: site_pb2.ArtefactHead) -> Index:
+        """The index of what is about to be written, if it is the right one and fits."""
+        index = Index.decode(head.index)
+        if index.digest != digest:
+            raise DataCorrupt(f"model {digest[:12]}: another index came than was asked for")
+        if index.manifest not in self._manifests:
+            manifest = Manifest.decode(head.manifest)
+            # Not synced: whoever reads it looks at its digest, and what is torn is fetched again.
+            self._manifest(manifest.digest).write_bytes(manifest.encoded)
+            self._manifests[manifest.digest] = manifest.nbytes
+        if self._manifests.get(index.manifest) != index.nbytes:
+            raise DataCorrupt(f"model {digest[:12]}: its manifest is not the one of its index")
         self._policy.check_size(index.nbytes, "a model")
         free = shutil.disk_usage(self._cache).free
         if free < index.nbytes + SPARE_BYTES:
@@ -252,10 +288,7 @@ class Fetcher:
                 needed=index.nbytes,
                 free=free,
             )
-        # Not synced: whoever reads them looks at their digests, and what is torn is fetched again.
-        path.with_suffix(".manifest").write_bytes(manifest.encoded)
-        path.with_suffix(".index").write_bytes(index.encoded)
-        return self._part(path, index)
+        return index
 
     def _part(self, path: Path, index: Index) -> ChunkFile:
         verify = path.stem not in self._seen
@@ -273,25 +306,62 @@ class Fetcher:
 
     # -- cache -----------------------------------------------------------------------------------
 
+    def _manifest(self, digest: str) -> Path:
+        return self._cache / f"{digest}.manifest"
+
+    def _known(self, path: Path) -> Index | None:
+        """The index of a file that is here at least in part, if its manifest is here too."""
+        try:
+            index = Index.decode(path.with_suffix(".index").read_bytes())
+            manifest = digest_of(self._manifest(index.manifest).read_bytes())
+        except (FarflungError, OSError):
+            return None
+        return index if index.digest == path.stem and manifest == index.manifest else None
+
     def _use(self, digest: str) -> None:
-        self._in_use = [*(d for d in self._in_use if d != digest), digest][-2:]
+        self._used.pop(digest, None)
+        self._used[digest] = None
 
     def _prune(self) -> None:
-        """Remove what was used longest ago."""
-        files = sorted(self._cache.glob("*.data"), key=lambda f: f.stat().st_mtime, reverse=True)
-        for old in files[self._keep :]:
-            if old.stem in self._in_use:
-                continue
-            for suffix in (".index", ".manifest"):
-                old.with_suffix(suffix).unlink(missing_ok=True)
-            self._spares.give(old)
+        """Remove what was used longest ago, but neither of the last two: they may be one plan's."""
+        for old in list(self._used)[: -max(self._keep, 2)]:
+            del self._used[old]
+            self._whole.pop(old, None)
+            path = self.path(old)
+            path.with_suffix(".index").unlink(missing_ok=True)
+            self._spares.give(path)
 
 
-def _known(path: Path) -> Index | None:
-    """The index of a file that is here at least in part, if its manifest is here too."""
+def why_not(error: FarflungError | OSError) -> FarflungError:
+    """What keeps a file from being here, as it is told."""
+    if isinstance(error, FarflungError):
+        return error
+    return OutOfSpace(f"cache: {error.strerror or error}")
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
     try:
-        index = Index.decode(path.with_suffix(".index").read_bytes())
-        manifest = digest_of(path.with_suffix(".manifest").read_bytes())
-    except (FarflungError, OSError):
-        return None
-    return index if index.digest == path.stem and manifest == index.manifest else None
+        return path.stat().st_size == nbytes
+    except FileNotFoundError:
+        return False
+
+
+def _check_manifest(index: Index, manifest: str) -> None:
+    if manifest not in ("", index.manifest):
+        raise DataCorrupt(f"model {index.digest[:12]}: its manifest is not the one of the plan")
+
+
+def _oldest_first(cache: Path) -> dict[str, None]:
+    """Digests of the files in a cache; removes manifests that none of them needs."""
+    needed = set()
+    for path in cache.glob("*.index"):
+        try:
+            needed.add(Index.decode(path.read_bytes()).manifest)
+        except (FarflungError, OSError):
+            continue
+    for path in cache.glob("*.manifest"):
+        if path.stem not in needed:
+            path.unlink(missing_ok=True)
+    return {
+        path.stem: None for path in sorted(cache.glob("*.data"), key=lambda f: f.stat().st_mtime)
+    }

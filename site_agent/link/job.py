@@ -1,4 +1,4 @@
-"""The plan in work, and what it has so far."""
+"""The plan in work, what it has so far, and who hears of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from protos.errors import OutOfSpace
 from protos.plan import Plan
 from protos.spares import Spares
+from protos.v1 import site_pb2
+from site_agent.link.outbox import Entry
 from site_agent.link.plans import Assignment
+
+
+class Ears(Protocol):
+    """Who hears how the work goes."""
+
+    def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
+        """A plan is in another state, or further."""
+
+    def finished(self, assignment: Assignment, entry: Entry) -> None:
+        """A contribution is in the outbox."""
+
+    def failed(self, assignment: Assignment, error: str, text: str) -> None:
+        """A plan ends without a contribution; the text may leave the site."""
 
 
 @dataclass

@@ -2,31 +2,38 @@
 
 A folder comes to be by one rename, so that it is either complete, with its next state, or not there;
 a finished contribution is never trained twice. Only a final answer empties it of its payload. Its
-state stays for the plans that name it as the one to start from.
+state stays for the plans that name it as the one to start from::
+
+    payload              what is sent
+    state.safetensors    the site's next state, if there is anything to remember
+    waiting              header, signature and index as they are sent; with the answer the file's
+                         name becomes the verdict: counted, late or refused
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from protos.chunks import sync_folder, sync_tree, write_durably
+from google.protobuf.message import DecodeError
+
+from protos.chunks import sync_folder, sync_tree
 from protos.contribution import Header
-from protos.digest import canonical, digest, is_digest
+from protos.digest import digest, is_digest
 from protos.errors import DataCorrupt, FarflungError
 from protos.identity import Key, sign_header
 from protos.manifest import Index
+from protos.spares import LEAST_BYTES
+from protos.v1 import site_pb2
 from site_agent.home import Home
 
 Verdict = Literal["counted", "late", "refused"]
 
-PAYLOAD, INDEX, HEADER, SIGNATURE, STATE, ANSWER = (
-    "payload", "index.json", "header.json", "signature", "state", "answer.json",
-)  # fmt: skip
+PAYLOAD, WAITING = "payload", "waiting"
+VERDICTS: tuple[Verdict, ...] = ("counted", "late", "refused")
 
 
 @dataclass
@@ -70,8 +77,8 @@ class Entry:
 
     @property
     def stateful(self) -> bool:
-        """Whether a site's state belongs to it."""
-        return (self.folder / STATE).is_dir()
+        """Whether a site's state belongs to it, be there anything in it or not."""
+        return self.header.kind == "train"
 
 
 class Outbox:
@@ -101,24 +108,24 @@ class Outbox:
 
     # -- in --------------------------------------------------------------------------------------
 
-    def admit(self, made: Path, header: Header, key: Key) -> Entry:
+    def admit(self, made: Path, header: Header, index: Index, key: Key) -> Entry:
         """Sign what the trainer made and take it in, durably, by one rename.
 
         Args:
-            made: Folder with payload, index and perhaps a state, on the outbox's file system.
+            made: Folder with the payload and perhaps a state, on the outbox's file system.
             header: As it is to be signed.
+            index: Of the payload.
             key: The site's.
 
         Raises:
             DataCorrupt: The index is not the header's, or the payload has another size.
         """
-        index = Index.decode((made / INDEX).read_bytes())
         if index.digest != header.index or (made / PAYLOAD).stat().st_size != index.nbytes:
             raise DataCorrupt("the trainer's payload is not the one that its header describes")
         encoded = header.encode()
         signature = sign_header(key, encoded, header.plan_id, header.site)
-        (made / HEADER).write_bytes(encoded)
-        (made / SIGNATURE).write_bytes(signature)
+        head = site_pb2.ContributionHead(header=encoded, signature=signature, index=index.encoded)
+        (made / WAITING).write_bytes(head.SerializeToString())
         sync_tree(made)
         name = digest(encoded)
         with self._lock:
@@ -126,8 +133,8 @@ class Outbox:
             if target.exists():  # the same work, to the bit, was finished before
                 _remove(target)
             made.rename(target)
+            # Where it came from needs no sync: what a power cut leaves there is removed at the start.
             sync_folder(target.parent)
-            sync_folder(made.parent)
             plans = [header.plan_id]
             entry = Entry(target, header, encoded, signature, index, None, plans, fresh=True)
             self._entries[name] = entry
@@ -153,16 +160,23 @@ class Outbox:
             return entry if entry is not None and entry.verdict is None else None
 
     def state(self, contribution: str, run: str) -> Path | None:
-        """The state stored under a contribution's digest; it is kept as long as plans name it."""
+        """The folder that holds the state stored under a contribution's digest; None if it is lost.
+
+        It is kept as long as plans name it.
+        """
         with self._lock:
             self._needed[run] = contribution
             entry = self._entries.get(contribution)
-            return entry.folder / STATE if entry is not None and entry.stateful else None
+            return entry.folder if entry is not None and entry.stateful else None
 
     # -- out -------------------------------------------------------------------------------------
 
-    def answer(self, entry: Entry, verdict: Verdict, message: str) -> None:
-        """The final answer: the payload goes, header and state stay."""
+    def answer(self, entry: Entry, verdict: Verdict) -> None:
+        """The final answer: the payload goes, header and state stay.
+
+        It is synced only before the payload's bytes are written over. Until then a power cut may take
+        it back, and the contribution is offered, and answered, once more.
+        """
         with self._lock:
             if entry.verdict is not None:
                 return
@@ -170,8 +184,9 @@ class Outbox:
             if not entry.stateful:
                 self._drop(entry, recycle=True)
                 return
-            answer = {"verdict": verdict, "message": message, "plans": entry.plans}
-            write_durably(entry.folder / ANSWER, canonical(answer), 0o600)
+            (entry.folder / WAITING).rename(entry.folder / verdict)
+            if entry.index.nbytes >= LEAST_BYTES:
+                sync_folder(entry.folder)
             self._spares.give(entry.payload)
             self._prune(entry.run)
 
@@ -192,7 +207,7 @@ class Outbox:
 
     def _prune(self, run: str) -> None:
         """Keep the newest few of each verdict: late ones must not push out the last counted one."""
-        for verdict in ("counted", "late", "refused"):
+        for verdict in VERDICTS:
             done = [e for e in self._entries.values() if e.run == run and e.verdict == verdict]
             for entry in done[: -self._keep]:
                 if entry.digest != self._needed.get(run):
@@ -209,21 +224,20 @@ class Outbox:
 
 
 def _read(folder: Path) -> Entry:
-    encoded = (folder / HEADER).read_bytes()
-    if not is_digest(folder.name) or digest(encoded) != folder.name:
+    names = {path.name for path in folder.iterdir()}
+    verdict = next((v for v in VERDICTS if v in names), None)
+    try:
+        head = site_pb2.ContributionHead.FromString((folder / (verdict or WAITING)).read_bytes())
+    except DecodeError:
+        raise DataCorrupt(f"{folder.name[:16]}: the header can't be read") from None
+    if not is_digest(folder.name) or digest(head.header) != folder.name:
         raise DataCorrupt(f"{folder.name[:16]}: the header is not the one of its name")
-    header = Header.decode(encoded)
-    entry = Entry(
-        folder,
-        header,
-        encoded,
-        (folder / SIGNATURE).read_bytes(),
-        Index.decode((folder / INDEX).read_bytes()),
-        plans=[header.plan_id],
-    )
-    if (folder / ANSWER).exists():
-        entry.verdict = json.loads((folder / ANSWER).read_bytes())["verdict"]
-    elif entry.payload.stat().st_size != entry.index.nbytes:
+    header, index = Header.decode(head.header), Index.decode(head.index)
+    if verdict is None and PAYLOAD not in names:
+        # Only an answer takes the payload away; a power cut took back which one it was.
+        verdict = "counted"
+    entry = Entry(folder, header, head.header, head.signature, index, verdict, [header.plan_id])
+    if verdict is None and entry.payload.stat().st_size != index.nbytes:
         raise DataCorrupt(f"{folder.name[:16]}: the payload is cut")
     return entry
 

@@ -20,6 +20,8 @@ from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.wire import Wire, backoff
 
 STATUS_TIMEOUT_S = 30.0
+TELL_S = 0.1
+"""How far a contribution is, is told at most this often."""
 
 VERDICTS: dict[int, Verdict] = {
     common_pb2.Answer.COUNTED: "counted",
@@ -241,7 +243,7 @@ class Sender:
             for first, end in ranges
             for start, stop in map(entry.index.span, range(first, end))
         )
-        done = 0
+        done, told = 0, monotonic()
         self._ears.sending(entry, done, planned)
         if not ranges or not entry.index.chunks:
             return
@@ -252,14 +254,16 @@ class Sender:
             yield chunk_message(number, data)
             done += len(data)
             self.sent_bytes += len(data)
-            self._ears.sending(entry, done, planned)
+            if monotonic() - told >= TELL_S:
+                told = monotonic()
+                self._ears.sending(entry, done, planned)
         self.busy = False  # what follows is the orchestrator's time, not the line's
 
     def _settle(self, entry: Entry, answer: common_pb2.Answer) -> None:
         verdict = VERDICTS.get(answer.verdict)
         if verdict is None:
             raise Unavailable("the orchestrator gave an answer without a verdict")
-        self._outbox.answer(entry, verdict, answer.message)
+        self._outbox.answer(entry, verdict)
         self._ears.answered(entry, verdict, answer.error, answer.message)
         answered_for = answer.plan_id or entry.header.plan_id
         self._ears.closed(answered_for)

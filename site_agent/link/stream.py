@@ -40,14 +40,21 @@ class Outgoing:
     Args:
         hello: The first message.
         paused: Gives whether the site takes no new plans, for heartbeats.
+        noted: Called with a progress that leaves, if it tells another state than the one before.
     """
 
-    def __init__(self, hello: site_pb2.Hello, paused: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        hello: site_pb2.Hello,
+        paused: Callable[[], bool],
+        noted: Callable[[site_pb2.Progress], None] = lambda _: None,
+    ) -> None:
         self._condition = threading.Condition()
         self._messages: deque[Said] = deque([Said(hello=hello)])
         self._progress: dict[str, site_pb2.Progress] = {}
-        self._told: dict[str, tuple[float, int]] = {}
-        self._paused = paused
+        self._told: dict[str, tuple[float, int, float]] = {}  # when, state, waits_until
+        self._paused, self._noted = paused, noted
+        self._wakes = float("-inf")  # when whoever waits in `__next__` will look again
         self._sequence = 0
         self._next_beat = monotonic() + HEARTBEAT_S
         self._closed = False
@@ -72,10 +79,9 @@ class Outgoing:
     def progress(self, progress: site_pb2.Progress) -> None:
         """Say how far a plan is; only the newest is kept."""
         with self._condition:
-            waiting = self._progress.get(progress.plan_id)
             self._progress[progress.plan_id] = progress
-            # Called for every chunk: whoever waits for the time to tell the last one waits for this one.
-            if waiting is None or waiting.state != progress.state:
+            # Called for every chunk: who looks in time anyway is not woken up.
+            if self._when(progress) < self._wakes:
                 self._condition.notify_all()
 
     def forget(self, plan_id: str) -> None:
@@ -111,7 +117,9 @@ class Outgoing:
                     self._beats.pop(self._sequence - UNANSWERED, None)
                     beat = site_pb2.Heartbeat(sequence=self._sequence, paused=self._paused())
                     return Said(heartbeat=beat)
-                self._condition.wait(max(0.0, min(when, self._next_beat) - now))
+                self._wakes = min(when, self._next_beat)
+                self._condition.wait(max(0.0, self._wakes - now))
+                self._wakes = float("-inf")
             raise StopIteration
 
     def _interval(self) -> float:
@@ -138,14 +146,21 @@ class Outgoing:
         """A progress whose time has come, and when the next one's will."""
         soonest = float("inf")
         for plan_id, progress in self._progress.items():
-            told, state = self._told.get(plan_id, (float("-inf"), -1))
-            when = told + (PROGRESS_S if state == progress.state else STATE_S)
+            when = self._when(progress)
             if when <= now:
                 del self._progress[plan_id]
-                self._told[plan_id] = (now, progress.state)
+                _, *before = self._told[plan_id]
+                self._told[plan_id] = (now, progress.state, progress.waits_until)
+                if before != [progress.state, progress.waits_until]:
+                    self._noted(progress)
                 return progress, now
             soonest = min(soonest, when)
         return None, soonest
+
+    def _when(self, progress: site_pb2.Progress) -> float:
+        """When it is time to tell a progress; the first state of a plan counts from now."""
+        told, state, _ = self._told.setdefault(progress.plan_id, (monotonic(), -1, 0.0))
+        return told + (PROGRESS_S if state == progress.state else STATE_S)
 
 
 class Stream:
@@ -157,6 +172,7 @@ class Stream:
         hear: Called with every message of the orchestrator.
         attached: Called with the orchestrator's welcome, and with None when the stream ended.
         paused: Gives whether the site takes no new plans.
+        noted: Called with what is told of a plan, when it is another state than before.
         journal: Log.
     """
 
@@ -167,9 +183,10 @@ class Stream:
         hear: Callable[[site_pb2.ToSite], None],
         attached: Callable[[site_pb2.Welcome | None], None],
         paused: Callable[[], bool],
+        noted: Callable[[site_pb2.Progress], None],
         journal: Journal,
     ) -> None:
-        self._wire, self._hello, self._hear = wire, hello, hear
+        self._wire, self._hello, self._hear, self._noted = wire, hello, hear, noted
         self._on_attached, self._paused, self._journal = attached, paused, journal
         self._stop = threading.Event()
         self._hurry = threading.Event()
@@ -270,7 +287,7 @@ class Stream:
 
     def _session(self) -> tuple[bool, FarflungError]:
         """One stream from beginning to end; whether it was welcomed, and why it ended."""
-        outgoing = Outgoing(self._hello(), self._paused)
+        outgoing = Outgoing(self._hello(), self._paused, self._noted)
         channel = self._wire.open()
         deadline = threading.Timer(WELCOME_S, self._end_call)
         deadline.daemon = True

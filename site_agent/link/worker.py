@@ -12,18 +12,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from protos.contribution import Header
 from protos.errors import FarflungError, OutOfSpace, TaskFailed
+from protos.manifest import Index
 from protos.plan import Plan
 from protos.v1 import site_pb2
 from site_agent import pipe
 from site_agent.config import SiteConfig
 from site_agent.home import Home
 from site_agent.link.disclosure import Disclosure
-from site_agent.link.fetcher import Fetcher, Want
-from site_agent.link.job import Job, reserve
+from site_agent.link.fetcher import Fetcher, Want, why_not
+from site_agent.link.job import Ears, Job, reserve
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox
 from site_agent.link.plans import Assignment, told
@@ -33,19 +33,6 @@ from site_agent.task_source import TaskSource
 
 CANCEL_GRACE_S = 10.0
 """A trainer that does not stop working on a cancelled plan in this time is ended."""
-
-
-class Ears(Protocol):
-    """Who hears how the work goes."""
-
-    def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
-        """A plan is in another state, or further."""
-
-    def finished(self, assignment: Assignment, entry: Entry) -> None:
-        """A contribution is in the outbox."""
-
-    def failed(self, assignment: Assignment, error: str, text: str) -> None:
-        """A plan ends without a contribution; the text may leave the site."""
 
 
 class Worker:
@@ -60,7 +47,7 @@ class Worker:
         disclosure: What it says.
         fetcher: Downloads.
         outbox: Where contributions go.
-        sign: Takes in what the trainer made: folder and header to an entry of the outbox.
+        sign: Takes in what the trainer made: folder, header and index to an entry of the outbox.
         ears: Who hears of it.
         journal: Log.
     """
@@ -76,7 +63,7 @@ class Worker:
         disclosure: Disclosure,
         fetcher: Fetcher,
         outbox: Outbox,
-        sign: Callable[[Path, Header], Entry],
+        sign: Callable[[Path, Header, Index], Entry],
         ears: Ears,
         journal: Journal,
     ) -> None:
@@ -157,7 +144,7 @@ class Worker:
             return
         plan = assignment.plan
         self._jobs += 1
-        folder = self._home.work / f"{self._jobs}-{plan.work_digest[:12]}"
+        folder = self._home.work / f"{self._jobs}-{plan.run}-{plan.round}"
         job = self._job = Job(self._jobs, assignment, folder)
         self._journal.info("plan begins", plan=plan.id, kind=plan.kind)
         try:
@@ -173,10 +160,10 @@ class Worker:
                 settings=self._config.tasks[plan.task.name].settings,
             )
         )
-        self._move(job, site_pb2.Progress.PREPARING)
         self._fetcher.keep(plan.frozen)
+        self._move(job, site_pb2.Progress.PREPARING)
         if plan.base:
-            self._fetch(job, plan.base)
+            self._fetch(job, plan.base, plan.manifest)
 
     def _trainer_for(self, plan: Plan) -> TrainerProcess:
         """The warm trainer, or a new one if there is none or the task's code has changed since."""
@@ -195,8 +182,16 @@ class Worker:
 
     # -- fetching --------------------------------------------------------------------------------
 
-    def _fetch(self, job: Job, digest: str) -> None:
+    def _fetch(self, job: Job, digest: str, manifest: str = "") -> None:
         job.missing.add(digest)
+        try:
+            path = self._fetcher.at_hand(digest, manifest)
+        except (FarflungError, OSError) as error:
+            self._fetched(job, digest, why_not(error))
+            return
+        if path is not None:
+            self._fetched(job, digest, path)
+            return
 
         def progress(here: int, total: int) -> None:
             if not job.assignment.cancelled:
@@ -206,6 +201,7 @@ class Worker:
         self._fetcher.want(
             Want(
                 digest,
+                manifest,
                 wanted=lambda: not job.assignment.cancelled,
                 progress=progress,
                 done=lambda result: self._inbox.put(lambda: self._fetched(job, digest, result)),
@@ -222,6 +218,8 @@ class Worker:
             return
         job.files[digest] = result
         job.missing.discard(digest)
+        if not job.ready:
+            self._move(job, site_pb2.Progress.PREPARING)
         self._advance(job)
 
     def _advance(self, job: Job) -> None:
@@ -256,6 +254,9 @@ class Worker:
                 spares=str(self._spares.folder),
             )
         )
+        # Said here: the trainer says how far it is only once it has worked for a while.
+        job.phase = "training"
+        self._move(job, site_pb2.Progress.TRAINING)
 
     # -- the trainer's lines ---------------------------------------------------------------------
 
@@ -281,7 +282,7 @@ class Worker:
             case pipe.Progress():
                 self._progress(job, line)
             case pipe.Done():
-                self._done(job)
+                self._done(job, line)
             case pipe.Cancelled():
                 self._end(job)
             case pipe.Failed():
@@ -295,10 +296,9 @@ class Worker:
                 self._fail_with(job, line.error, self._disclosure.failure(line))
 
     def _progress(self, job: Job, line: pipe.Progress) -> None:
-        if job.assignment.cancelled or (line.state == "PREPARING" and job.missing and job.ready):
+        if job.assignment.cancelled:
             return
-        words = {"PREPARING": "loading the task", "ENCODING": "encoding the update"}
-        job.phase = words.get(line.state, "training")
+        job.phase = "encoding the update" if line.state == "ENCODING" else "training"
         if line.unit:
             job.phase += f" ({line.done:.4g} of {line.planned:.4g} {line.unit} done)"
         message = site_pb2.Progress(
@@ -313,12 +313,13 @@ class Worker:
         )
         self._ears.moved(job.assignment, message)
 
-    def _done(self, job: Job) -> None:
+    def _done(self, job: Job, line: pipe.Done) -> None:
         try:
-            header = Header.decode((job.folder / "header.json").read_bytes())
-            header = header.model_copy(update={"metrics": self._disclosure.metrics(header.metrics)})
-            self._policy.check_contribution(header, (job.folder / "payload").stat().st_size)
-            entry = self._sign(job.folder, header)
+            metrics = self._disclosure.metrics(line.header.metrics)
+            header = line.header.model_copy(update={"metrics": metrics})
+            index = Index.decode(line.index.encode())
+            self._policy.check_contribution(header, index.nbytes)
+            entry = self._sign(job.folder, header, index)
         except FarflungError as error:
             self._fail(error)
             return

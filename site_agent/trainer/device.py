@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -91,11 +92,16 @@ class Device:
         }
         if self.torch.type == "cuda":
             out["device_name"] = torch.cuda.get_device_name(self.torch)
-        try:
-            out["farflung"] = version("farflung")
-        except PackageNotFoundError:
-            out["farflung"] = "unknown"
+        out["farflung"] = _our_version()
         return out
+
+
+@cache
+def _our_version() -> str:
+    try:
+        return version("farflung")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def widened(value: Any) -> Any:

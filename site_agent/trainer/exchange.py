@@ -10,8 +10,9 @@ from time import monotonic
 
 import torch
 
+from protos.contribution import Header
 from protos.errors import TaskFailed
-from protos.manifest import Placement
+from protos.manifest import Index, Placement
 from protos.plan import Plan
 from protos.spares import Spares
 from protos.tensors import ArtefactFile, iterate_bytes
@@ -70,8 +71,8 @@ class Exchange:
     out: Path
     spares: Spares | None = None
 
-    def perform(self) -> None:
-        """Do it.
+    def perform(self) -> tuple[Header, Index]:
+        """Do it; gives the header's draft and the payload's index.
 
         Raises:
             FarflungError: What is wrong, naming site and tensor.
@@ -87,9 +88,9 @@ class Exchange:
         made.task_digest = self.work.task_digest
         made.packages = self.work.device.packages()
         with self.clock.phase("encoding"):
-            made.write_payload(self.out, self.spares)
+            index = made.write(self.out, self.spares)
         made.seconds = {name: round(value, 6) for name, value in self.clock.seconds.items()}
-        made.write_header(self.out)
+        return made.header(index), index
 
     # -- train --------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class Exchange:
         """The base, loaded into the model, and what this site remembers."""
         if self.base is None:
             raise TaskFailed(f"site {self.work.site}: the plan names no base")
-        base = self.work.read_base(self.base)
+        base = self.work.read_base(self.base, self.plan.manifest)
         remembered = SiteState.read(self.state) if self.state else SiteState()
         self.work.reset()
         self.work.fill(base)

@@ -1,7 +1,4 @@
-"""Writes what a site contributes: the payload's bytes, its index, the header, the next state.
-
-The header is a draft: the link applies the site's policy to its metrics and signs it.
-"""
+"""Writes what a site contributes, the payload's bytes and the next state, and says what it is."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from protos.chunks import IndexWriter
 from protos.contribution import Header, PayloadSpec
 from protos.digest import Bytes
 from protos.errors import ManifestInvalid
-from protos.manifest import Manifest
+from protos.manifest import Index, Manifest
 from protos.plan import Plan
 from protos.spares import Spares
 from protos.tensors import dtype_name, view_bytes
@@ -24,7 +21,7 @@ from site_agent.trainer.site_state import SiteState
 from site_agent.trainer.update import Differences
 from strategies.context import SidePayload, Update
 
-PAYLOAD, INDEX, HEADER, STATE = "payload", "index.json", "header.json", "state"
+PAYLOAD = "payload"
 
 
 @dataclass
@@ -124,10 +121,9 @@ class Contribution:
     packages: dict[str, str] = field(default_factory=dict)
     state: SiteState | None = None
     _specs: tuple[PayloadSpec, ...] = field(default=(), init=False)
-    _index: str = field(default="", init=False)
 
-    def write_payload(self, folder: Path, spares: Spares | None = None) -> None:
-        """Make a new folder and write the payload and its index into it.
+    def write(self, folder: Path, spares: Spares | None = None) -> Index:
+        """Make a new folder with payload and next state; gives the payload's index. The link syncs it.
 
         Args:
             folder: Must not exist.
@@ -145,26 +141,22 @@ class Contribution:
         except BaseException:
             writer.abort()
             raise
-        (folder / INDEX).write_bytes(index.encoded)
-        self._index = index.digest
-
-    def write_header(self, folder: Path) -> None:
-        """Write the rest beside the payload: header and next state. The link syncs the folder."""
         if self.state is not None:
-            about: dict[str, str | int] = {
-                "run": self.plan.run,
-                "round": self.plan.round,
-                "site": self.plan.site,
-            }
-            self.state.write(folder / STATE, about)
-        header = Header(
+            plan = self.plan
+            about = {"run": plan.run, "round": str(plan.round), "site": plan.site}
+            self.state.write(folder, about)
+        return index
+
+    def header(self, index: Index) -> Header:
+        """The header of what was written: a draft, to which the link applies the site's policy."""
+        return Header(
             plan_id=self.plan.id,
             work_digest=self.plan.work_digest,
             site=self.plan.site,
             kind=self.plan.kind,
             base=self.plan.base,
             manifest=self.manifest,
-            index=self._index,
+            index=index.digest,
             codec=self.blocks.codec,
             blocks=self.blocks.sizes,
             payloads=self._specs,
@@ -176,7 +168,6 @@ class Contribution:
             task_digest=self.task_digest,
             packages=self.packages,
         )
-        (folder / HEADER).write_bytes(header.encode())
 
     def _side_payloads(self) -> tuple[tuple[PayloadSpec, ...], list[Tensor]]:
         specs, tensors = [], []

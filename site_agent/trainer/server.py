@@ -18,7 +18,6 @@ from site_agent.pipe import (
     Line,
     Perform,
     Prepare,
-    Progress,
     Quit,
     Ready,
     Started,
@@ -80,7 +79,6 @@ class Server:
         self._job, clock = None, Clock()
         watch = self._watch(order.job)
         watch.check()
-        watch.tell(Progress(job=order.job, state="PREPARING"))
         with clock.phase("preparing"):
             if self._task is None or self._task.key != LoadedTask.key_of(order):
                 self._work = self._task = None
@@ -113,9 +111,9 @@ class Server:
             out=Path(order.out),
             spares=Spares(Path(order.spares), 0) if order.spares else None,
         )
-        exchange.perform()
+        header, index = exchange.perform()
         self._cancelled.pop(order.job, None)
-        self._tell(Done(job=order.job))
+        self._tell(Done(job=order.job, header=header, index=index.encoded.decode()))
 
     def _watch(self, job: int) -> Watch:
         return Watch(job, self._tell, self._event(job))

@@ -1,6 +1,6 @@
 """What a site remembers between rounds: tensors placed here, states of strategies, the optimizer.
 
-One folder of safetensors files beside the contribution that made it.
+One safetensors file beside the payload of the contribution that made it; none if there is nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from protos.digest import canonical
 from strategies.stack import State
+
+STATE = "state.safetensors"
+OWN, OPTIMIZER, STRATEGY = "own/", "optimizer/", "strategy/"
+"""What the names of tensors in the file begin with; a strategy's go on with its name and a slash."""
 
 
 @dataclass
@@ -32,37 +35,42 @@ class SiteState:
 
     @classmethod
     def read(cls, folder: Path) -> SiteState:
-        """The state of a folder."""
+        """The state in a folder."""
         state = cls()
-        for file in sorted(folder.glob("*.safetensors")):
-            tensors = load_file(file)
-            if file.stem == "own":
-                state.own = tensors
-            elif file.stem == "optimizer":
-                state.optimizer = tensors
-            elif file.stem.startswith("strategy-"):
-                state.strategies[file.stem.removeprefix("strategy-")] = tensors
+        try:
+            tensors = load_file(folder / STATE)
+        except FileNotFoundError:
+            return state
+        for name, tensor in tensors.items():
+            if name.startswith(OWN):
+                state.own[name.removeprefix(OWN)] = tensor
+            elif name.startswith(OPTIMIZER):
+                state.optimizer[name.removeprefix(OPTIMIZER)] = tensor
+            elif name.startswith(STRATEGY):
+                strategy, _, key = name.removeprefix(STRATEGY).partition("/")
+                state.strategies.setdefault(strategy, {})[key] = tensor
         return state
 
-    def write(self, folder: Path, about: Mapping[str, str | int]) -> None:
-        """Write it into a new folder; whoever names it for good syncs it first.
+    def write(self, folder: Path, about: dict[str, str]) -> None:
+        """Write it into a folder, if there is anything; whoever names it for good syncs it first.
 
         Args:
-            folder: Must not exist.
-            about: What a person who looks into the folder wants to know.
+            folder: Where it is not yet.
+            about: What a person who looks into the file wants to know.
         """
-        folder.mkdir(mode=0o700)
-        parts = {"own": self.own, "optimizer": self.optimizer}
-        parts |= {f"strategy-{name}": state for name, state in self.strategies.items()}
-        for name, tensors in parts.items():
-            if tensors:
-                _save(folder / f"{name}.safetensors", tensors)
-        (folder / "state.json").write_bytes(canonical(dict(about)))
+        tensors = {OWN + name: value for name, value in self.own.items()}
+        tensors |= {OPTIMIZER + name: value for name, value in self.optimizer.items()}
+        for strategy, state in self.strategies.items():
+            tensors |= {f"{STRATEGY}{strategy}/{key}": value for key, value in state.items()}
+        if tensors:
+            save_file(_apart(tensors), folder / STATE, about)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Clones only where safetensors wants them, for tensors that share memory: a residual is as large
-    # as the model.
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors wants them, which refuses two that share memory.
+
+    Only those are cloned: a residual is as large as the model.
+    """
     apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
@@ -70,4 +78,4 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         memory = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    save_file(apart, path)
+    return apart

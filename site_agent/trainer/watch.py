@@ -11,6 +11,9 @@ from site_agent.pipe import Progress
 INTERVAL_S = 0.25
 """Progress is told at most this often."""
 
+BRIEF_S = 0.05
+"""In the beginning of a job nothing is told: one that is over by then costs no line."""
+
 
 class JobCancelled(Exception):
     """The link does not want this job any more."""
@@ -23,13 +26,19 @@ class Watch:
         job: Its number.
         tell: Sends a line.
         cancelled: Set when the link cancels the job.
+        began: When the job began, on the monotonic clock; now by default.
     """
 
     def __init__(
-        self, job: int, tell: Callable[[Progress], None], cancelled: threading.Event | None = None
+        self,
+        job: int,
+        tell: Callable[[Progress], None],
+        cancelled: threading.Event | None = None,
+        began: float | None = None,
     ) -> None:
         self.job, self._tell = job, tell
         self._cancelled = cancelled or threading.Event()
+        self._began = monotonic() if began is None else began
         self._last = float("-inf")
 
     def check(self) -> None:
@@ -47,6 +56,8 @@ class Watch:
         return monotonic() - self._last >= INTERVAL_S
 
     def tell(self, progress: Progress) -> None:
-        """Tell it."""
-        self._last = monotonic()
-        self._tell(progress)
+        """Tell it, unless the job has just begun."""
+        now = monotonic()
+        if now - self._began >= BRIEF_S:
+            self._last = now
+            self._tell(progress)

@@ -49,10 +49,11 @@ class LoadedTask:
 
     @staticmethod
     def key_of(order: Prepare) -> str:
-        """Equal for orders that the same instance serves: code, parameters and settings."""
-        source = TaskSource.parse(order.source, Path())
-        parts = [order.source, source.digest, order.plan.task.model_dump(), order.settings]
-        return digest(canonical(parts))
+        """Equal for orders that the same instance serves: source, parameters and settings.
+
+        Not the source's bytes: the link starts another trainer when they change.
+        """
+        return digest(canonical([order.source, order.plan.task.model_dump(), order.settings]))
 
 
 class Workload:
@@ -131,6 +132,8 @@ class Workload:
         Raises:
             ManifestInvalid: One is unknown to the model, or has another shape; names it.
         """
+        if not tensors:
+            return
         state = self.state()
         with torch.no_grad():
             for name, value in tensors.items():
@@ -158,16 +161,20 @@ class Workload:
 
     # -- what comes from elsewhere --------------------------------------------------------------
 
-    def read_base(self, path: Path) -> ArtefactFile:
+    def read_base(self, path: Path, manifest: str) -> ArtefactFile:
         """A fetched base.
+
+        Args:
+            path: The file; manifests lie beside it, under their digests.
+            manifest: Digest of its manifest.
 
         Raises:
             ManifestInvalid: It is not a base of this model; names the first tensor that differs.
         """
-        manifest = Manifest.decode(path.with_suffix(".manifest").read_bytes())
-        if manifest.digest != self.shared.digest:
-            raise ManifestInvalid(self._difference(manifest), site=self.site)
-        return ArtefactFile(path, manifest)
+        if manifest != self.shared.digest:
+            theirs = Manifest.decode(path.with_name(f"{manifest}.manifest").read_bytes())
+            raise ManifestInvalid(self._difference(theirs), site=self.site)
+        return ArtefactFile(path, self.shared)
 
     def fill(self, base: ArtefactFile) -> None:
         """Read a base of this model straight into the model's own memory, where that can be."""
@@ -216,12 +223,12 @@ class Workload:
             ManifestInvalid: It is not of this model.
             DataCorrupt: After loading it, the model's bits are not the wanted ones.
         """
-        manifest = Manifest.decode(path.with_suffix(".manifest").read_bytes())
-        if manifest.digest != self.frozen.digest:
+        if path.stat().st_size != self.frozen.nbytes:
             raise ManifestInvalid(
                 f"site {self.site}: the fetched frozen part is not of this model", site=self.site
             )
-        self.load(map_file(path, manifest))
+        # If its manifest is another one, so is the digest of what is loaded.
+        self.load(map_file(path, self.frozen))
         self._initial = self._snapshot()
         self._frozen_digest = None
         if not self.has_frozen(wanted):

@@ -53,7 +53,7 @@ def artefact(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> Inde
     writer = IndexWriter(path)
     for part in iterate_bytes(manifest, tensors):
         writer.write(part)
-    path.with_suffix(".manifest").write_bytes(manifest.encoded)
+    path.with_name(f"{manifest.digest}.manifest").write_bytes(manifest.encoded)
     return writer.finish(manifest.digest)
 
 

@@ -16,15 +16,19 @@ def progress(plan: str, state: int, done: float = 0.0) -> site_pb2.Progress:
     return site_pb2.Progress(plan_id=plan, state=state, done=done)  # type: ignore[arg-type]
 
 
-def outgoing(paused: bool = False) -> Outgoing:
-    stream = Outgoing(site_pb2.Hello(protocol=1), lambda: paused)
+def outgoing(paused: bool = False, noted: list[int] | None = None) -> Outgoing:
+    def note(told: site_pb2.Progress) -> None:
+        if noted is not None:
+            noted.append(told.state)
+
+    stream = Outgoing(site_pb2.Hello(protocol=1), lambda: paused, note)
     assert next(stream).WhichOneof("kind") == "hello"
     return stream
 
 
 def test_messages_come_in_order_and_before_progress() -> None:
     stream = outgoing()
-    stream.progress(progress("p", 3))
+    stream.progress(progress("p", 3))  # its time comes
     stream.say(Said(outcome=site_pb2.Outcome(plan_id="a")))
     stream.say(Said(outcome=site_pb2.Outcome(plan_id="b")))
     assert [next(stream).outcome.plan_id for _ in range(2)] == ["a", "b"]
@@ -50,9 +54,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_new_state_is_said_soon_and_the_same_one_now_and_then(clock: list[float]) -> None:
     stream = outgoing(paused=True)
     stream.progress(progress("p", 3, 1))
+    clock[0] += STATE_S
     assert next(stream).progress.done == 1
-    stream.progress(progress("p", 3, 2))
     stream.progress(progress("q", 4))
+    clock[0] += STATE_S
+    stream.progress(progress("p", 3, 2))
     assert next(stream).progress.plan_id == "q"
     clock[0] += STATE_S
     stream.progress(progress("p", 5, 3))
@@ -63,15 +69,39 @@ def test_a_new_state_is_said_soon_and_the_same_one_now_and_then(clock: list[floa
 
 
 def test_a_state_that_is_over_at_once_is_not_said(clock: list[float]) -> None:
-    stream = outgoing()
-    stream.progress(progress("p", 1))
-    assert next(stream).progress.state == 1
-    for state in (2, 3, 4):
+    noted: list[int] = []
+    stream = outgoing(noted=noted)
+    for state in (1, 2, 3, 4):
         stream.progress(progress("p", state))
     clock[0] += STATE_S
     assert next(stream).progress.state == 4
+    for state in (5, 6):
+        stream.progress(progress("p", state))
+    clock[0] += STATE_S
+    assert next(stream).progress.state == 6
+    stream.progress(progress("p", 6, 1.0))
+    clock[0] += PROGRESS_S
+    assert next(stream).progress.done == 1.0
+    assert noted == [4, 6], "what did not leave, or is no other state, is not noted"
     clock[0] += HEARTBEAT_S
     assert next(stream).WhichOneof("kind") == "heartbeat"
+
+
+def test_who_waits_is_woken_only_for_what_is_due_before(clock: list[float]) -> None:
+    stream = outgoing()
+    woken: list[int] = []
+    stream._condition.notify_all = lambda: woken.append(1)  # type: ignore[method-assign]
+
+    def wait(timeout: float) -> None:
+        stream.progress(progress("p", 1))
+        assert len(woken) == 1, "it waited for a heartbeat, and this is due before"
+        stream._wakes = clock[0] + STATE_S / 2
+        stream.progress(progress("p", 2))
+        assert len(woken) == 1
+        clock[0] += timeout
+
+    stream._condition.wait = wait  # type: ignore[method-assign,assignment]
+    assert next(stream).progress.state == 2
 
 
 def test_of_a_plan_that_is_over_nothing_is_said(clock: list[float]) -> None:
@@ -79,6 +109,7 @@ def test_of_a_plan_that_is_over_nothing_is_said(clock: list[float]) -> None:
     stream.progress(progress("p", 1))
     stream.progress(progress("q", 1))
     stream.forget("p")
+    clock[0] += STATE_S
     assert next(stream).progress.plan_id == "q"
     clock[0] += HEARTBEAT_S
     assert next(stream).WhichOneof("kind") == "heartbeat"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from protos.tensors import map_file
 from site_agent.pipe import Progress
+from site_agent.trainer import watch as watch_module
 from site_agent.trainer.exchange import Clock, Exchange
 from site_agent.trainer.pace import Pace
 from site_agent.trainer.randomness import seed_epoch, shuffled
@@ -57,10 +59,11 @@ class Bench:
         out = self.folder / f"out-{self.count}"
         if plan.kind != "init":
             base = base or base_of(self.folder, plan)
+            plan = plan.model_copy(update={"manifest": base[1].digest})
         watch = Watch(1, self.told.append, cancelled)
-        Exchange(self.work, plan, watch, Clock(), base[0] if base else None, state, out).perform()
-        header = Header.decode((out / "header.json").read_bytes())
-        index = Index.decode((out / "index.json").read_bytes())
+        exchange = Exchange(self.work, plan, watch, Clock(), base[0] if base else None, state, out)
+        header, index = exchange.perform()
+        assert Header.decode(header.encode()) == header
         assert header.index == index.digest
         assert (out / "payload").stat().st_size == index.nbytes
         covered = self.work.shared.covering(plan.groups)
@@ -112,7 +115,8 @@ def test_a_round_equals_plain_torch(bench: Bench) -> None:
             assert torch.equal(update[name], base[name] - value)
 
 
-def test_the_cycle_restarts_every_round(bench: Bench) -> None:
+def test_the_cycle_restarts_every_round(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "BRIEF_S", 0.0)
     rates = {}
     for number in (1, 2):
         bench.told.clear()
@@ -228,20 +232,20 @@ def test_the_optimizers_state_is_kept_only_if_the_plan_says_so(bench: Bench) -> 
         _, _, out = bench.perform(plan)
         again = plan.model_copy(update={"round": 2})
         base = base_of(bench.folder, again)
-        kept = bench.perform(again, out / "state", base=base)[0].index
+        kept = bench.perform(again, out, base=base)[0].index
         assert kept != bench.perform(again, base=base)[0].index
     _, _, out = bench.perform(plan_of())
-    assert not (out / "state" / "optimizer.safetensors").exists()
+    assert [path.name for path in out.iterdir()] == ["payload"], "there is nothing to remember"
 
 
 def test_states_of_strategies_travel_in_and_out(bench: Bench) -> None:
     plan = plan_of(stack=("test_half_precision",))
     _, _, out = bench.perform(plan)
-    state = SiteState.read(out / "state")
+    state = SiteState.read(out)
     assert set(state.strategies) == {"test_half_precision"}
     # A round without the strategy carries its state on.
-    _, _, second = bench.perform(plan_of(round=2), out / "state")
-    carried = SiteState.read(second / "state").strategies["test_half_precision"]
+    _, _, second = bench.perform(plan_of(round=2), out)
+    carried = SiteState.read(second).strategies["test_half_precision"]
     for name, value in state.strategies["test_half_precision"].items():
         assert torch.equal(carried[name], value)
 
@@ -250,7 +254,7 @@ def test_what_is_placed_at_the_site_stays_and_comes_back(bench: Bench) -> None:
     plan = plan_of(task="Personal")
     header, update, out = bench.perform(plan)
     assert not any(name.startswith("1.") for name in update)
-    own = SiteState.read(out / "state").own
+    own = SiteState.read(out).own
     assert set(own) == {
         "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
     }  # fmt: skip
@@ -258,16 +262,16 @@ def test_what_is_placed_at_the_site_stays_and_comes_back(bench: Bench) -> None:
     for name in ("1.weight", "1.running_mean"):
         assert own[name].numpy().tobytes() not in payload
     assert int(own["1.num_batches_tracked"]) == header.steps
-    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out / "state")
-    found = SiteState.read(later / "state").own["1.num_batches_tracked"]
+    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out)
+    found = SiteState.read(later).own["1.num_batches_tracked"]
     assert int(found) == 2 * header.steps
 
 
 def test_adopt_may_reset_what_is_placed_at_the_site(bench: Bench) -> None:
     plan = plan_of(stack=("test_own_normalisation",))
     header, _, out = bench.perform(plan)
-    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out / "state")
-    found = SiteState.read(later / "state").own["1.num_batches_tracked"]
+    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out)
+    found = SiteState.read(later).own["1.num_batches_tracked"]
     assert int(found) == header.steps
 
 
@@ -322,7 +326,9 @@ def test_a_state_may_hold_tensors_that_share_memory(tmp_path: Path) -> None:
     state = SiteState(
         strategies={"s": {"whole": whole, "part": whole[2:], "row": whole.view(2, 3)}}
     )
-    state.write(tmp_path / "first", {})
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    state.write(tmp_path / "first", {"run": "r"})
     read = SiteState.read(tmp_path / "first")
     for tensor in read.strategies["s"].values():
         tensor.add_(1)
@@ -367,6 +373,15 @@ def test_a_step_may_be_owned_by_a_strategy(bench: Bench) -> None:
 @pytest.mark.parametrize("name", ["fedprox", "self_distillation", "co_learning"])
 def test_methods_run_in_the_loop(bench: Bench, name: str) -> None:
     assert bench.perform(plan_of(stack=(name,)))[0].steps == 4
+
+
+def test_a_job_that_is_over_at_once_tells_nothing(bench: Bench) -> None:
+    watch = Watch(1, bench.told.append)
+    watch.tell(Progress(job=1, state="TRAINING"))
+    assert bench.told == []
+    watch = Watch(1, bench.told.append, began=time.monotonic() - watch_module.BRIEF_S)
+    watch.tell(Progress(job=1, state="ENCODING"))
+    assert [progress.state for progress in bench.told] == ["ENCODING"]
 
 
 def test_a_strategy_that_breaks_a_tensor_is_named(
@@ -418,7 +433,7 @@ def test_assess_sums_equal_those_of_the_whole_set(bench: Bench) -> None:
     )
     assert header.examples == 30
     assert all(p.merge == "sum" for p in header.payloads)
-    assert not (out / "state").exists()
+    assert [path.name for path in out.iterdir()] == ["payload"]
 
 
 def test_assess_and_reassess_of_a_calibration(bench: Bench) -> None:

@@ -122,7 +122,8 @@ class Daemon:
         self.runner.start()
         self._closing.callback(self.runner.end)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self.note("info", "", None, "", f"the daemon started, sites dial {self.address}")
+        carried = f", {n} gateways carry bulk" if (n := config.gateways.processes) else ""
+        self.note("info", "", None, "", f"the daemon started, sites dial {self.address}{carried}")
 
     def stop(self) -> None:
         """Stop everything that was started; what is open goes on with the next start."""

@@ -333,6 +333,46 @@ def test_a_first_stream_that_hangs_is_not_waited_for_for_ever(
     assert hall.send(head, data).verdict == COUNTED
 
 
+def test_what_another_process_wrote_is_looked_at_before_it_is_believed(hall: Hall) -> None:
+    """Two gateways, in turns: neither knows what the disk did while the other had the file."""
+    plan, data = hall.open(), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+    other = hall.restarted()
+    with pytest.raises(InvalidInput, match="1 chunks are missing"):
+        hall.service.Contribute(arrived(head, chunks(data, [0])), hall.north.call)
+    assert [(r.first, r.end) for r in other.status(plan).missing] == [(1, 2)]
+    part = next(path for path in hall.spooled if path.name == "payload.part")
+    with part.open("r+b") as file:
+        file.write(b"\xff" * 100)
+    assert [(r.first, r.end) for r in hall.status(plan).missing] == [(0, 2)]
+    assert other.send(head, data).verdict == COUNTED
+    assert hall.send(head, b"").verdict == COUNTED
+    assert hall.spooled == []
+
+
+def test_one_process_writes_and_another_says_so(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.intake.STATUS_S", 0.0)
+    monkeypatch.setattr("orchestrator.intake.TURN_S", 0.0)
+    plan, data = hall.open(), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+    other = hall.restarted()
+
+    def asks() -> Iterator[Incoming]:
+        for message in arrived(head, chunks(data)):
+            yield message
+            assert hall.status(plan).known  # whoever receives it knows what is missing
+            with pytest.raises(Unavailable, match="site north: another stream"):
+                other.status(plan)
+            with pytest.raises(Unavailable, match="site north: another stream"):
+                other.send(head, data)
+
+    assert hall.service.Contribute(asks(), hall.north.call).verdict == COUNTED
+    assert other.status(plan).answer.verdict == COUNTED
+    assert hall.spooled == []
+
+
 # -- what is refused --------------------------------------------------------------------------------
 
 

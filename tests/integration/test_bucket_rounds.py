@@ -17,13 +17,16 @@ from tests.support.proxy import Proxy
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("ray")]
 
 
+@pytest.mark.parametrize("gateways", [0, 2])
 def test_two_rounds_on_a_bucket_that_is_away_for_a_while(
-    tmp_path: Path, object_store: ObjectStore
+    tmp_path: Path, object_store: ObjectStore, gateways: int
 ) -> None:
     """Sites fetch and contribute, and send again once the bucket is back; the export is what it holds."""
+    prefix = f"rounds-{gateways}"
     with Proxy(object_store.address) as line:
-        section = object_store.section("rounds", line.address, cache_bytes=1000)
-        field = Field(tmp_path, daemon={"store": section})
+        section = object_store.section(prefix, line.address, cache_bytes=1000)
+        carriers = {"processes": gateways, "bind": "127.0.0.1:0"}
+        field = Field(tmp_path, daemon={"store": section, "gateways": carriers})
         federation = field.federation
         gates = [field.switches[site] / "gate" for site in SITES]
         for gate in gates:
@@ -32,6 +35,8 @@ def test_two_rounds_on_a_bucket_that_is_away_for_a_while(
             run = federation.launch(
                 field.config(
                     "bucket",
+                    # Too large to go out with the plans.
+                    task={"name": "blobs", "params": {"hidden": 4000}},
                     cohort={"quorum": 3, "deadline_s": 200},
                     strategy=[{"name": "co_learning"}, {"name": "feddf", "steps": 3}],
                     init={"from": "site:north"},
@@ -59,7 +64,7 @@ def test_two_rounds_on_a_bucket_that_is_away_for_a_while(
                 assert all(plugin.state == "done" for plugin in round.plugins), round.plugins
             federation.client.export(run, "", tmp_path / "out")
 
-    raw, model = object_store.raw("rounds"), rounds[-1].model
+    raw, model = object_store.raw(prefix), rounds[-1].model
     keys = {meta["path"] for page in obstore.list(raw) for meta in page}
     assert f"artefacts/{model[:2]}/{model}.index" in keys
     assert list((federation.home.store).rglob("*.index")) == [], "nothing is decided here"

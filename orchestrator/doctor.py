@@ -185,6 +185,8 @@ def _not_running(home: Home) -> Iterator[Finding]:
     yield Finding("daemon", "warning", "not running; start it with `farflung serve`")
     config = home.config
     addresses = [config.listen.bind]
+    if config.gateways.processes:
+        addresses.append(config.gateways_bind)
     if config.dashboard.port > 0:
         addresses.append(f"{config.dashboard.host}:{config.dashboard.port}")
     for address in addresses:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,11 @@ class Gated(Field):
 
     def gateways(self) -> list[psutil.Process]:
         """The processes that there are."""
-        found = psutil.Process(self.federation.daemon.pid).children()
-        return [p for p in found if "orchestrator.gateway" in p.cmdline()]
+        found = []
+        for process in psutil.Process(self.federation.daemon.pid).children():
+            with suppress(psutil.Error):  # it ends just now
+                found += [process] if "orchestrator.gateway" in process.cmdline() else []
+        return found
 
     def accepted(self, run: str) -> list[dict[str, Any]]:
         """What the gateways had counted, by their logs."""
@@ -92,7 +96,7 @@ def until(found: Any, seconds: float = 60.0) -> Any:
 def writes(process: psutil.Process) -> bool:
     try:
         return any(Path(file.path).name == "payload.part" for file in process.open_files())
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

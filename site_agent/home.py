@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from protos.errors import HomeLocked, NotFound
@@ -41,17 +42,17 @@ class Home:
         """Private key and certificates (mode 0700)."""
         return self.root / "keys"
 
-    @property
+    @cached_property
     def cache(self) -> Path:
         """Bases and frozen parts that were fetched."""
         return self.root / "cache"
 
-    @property
+    @cached_property
     def contributions(self) -> Path:
         """The outbox and the site's states: one folder a contribution, named by its digest."""
         return self.root / "contributions"
 
-    @property
+    @cached_property
     def work(self) -> Path:
         """Contributions in the making; emptied at every start."""
         return self.root / "work"

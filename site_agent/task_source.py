@@ -80,4 +80,5 @@ class TaskSource:
     @property
     def digest(self) -> str:
         """Digest of the source file; empty if it isn't there."""
-        return digest(self.file.read_bytes()) if self.file else ""
+        file = self.file
+        return digest(file.read_bytes()) if file else ""

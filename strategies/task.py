@@ -166,5 +166,10 @@ def seed_everything(*parts: object) -> int:
     from protos.digest import canonical, digest
 
     seed = int(digest(canonical([str(p) for p in parts]))[:16], 16) >> 1
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # What torch.manual_seed does first, for accelerators that might come, costs more than the rest,
+        # and is remembered once more at every call.
+        torch.default_generator.manual_seed(seed)
     return seed

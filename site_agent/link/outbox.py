@@ -96,6 +96,7 @@ class Outbox:
         self._entries: dict[str, Entry] = {}
         self._needed: dict[str, str] = {}
         self.damaged: list[str] = []
+        self._dropped = 0
         for leftover in home.work.iterdir():
             _remove(leftover)
         for folder in sorted(home.contributions.iterdir(), key=lambda f: f.stat().st_mtime):
@@ -215,8 +216,8 @@ class Outbox:
 
     def _drop(self, entry: Entry, recycle: bool = False) -> None:
         self._entries.pop(entry.digest, None)
-        grave = self._home.work / f"gone-{entry.digest}"
-        _remove(grave)
+        self._dropped += 1
+        grave = self._home.work / f"gone-{self._dropped}"
         entry.folder.rename(grave)
         if recycle:
             self._spares.give(grave / PAYLOAD)

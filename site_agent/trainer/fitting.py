@@ -263,7 +263,9 @@ def _step(work: Workload, plan: Plan, step: Step, state: State) -> Tensor:
     step.outputs = widened(step.outputs)
     loss = work.task.loss(step.outputs, step.targets)
     loss = work.stack.objective(loss, step, state)
-    step.optimizer.zero_grad(set_to_none=True)
+    for group in step.optimizer.param_groups:  # as zero_grad does, without what torch wraps it in
+        for parameter in group["params"]:
+            parameter.grad = None
     loss.backward()  # type: ignore[no-untyped-call]
     if plan.gradient_clip is not None:
         torch.nn.utils.clip_grad_norm_(work.model.parameters(), plan.gradient_clip)

@@ -102,7 +102,7 @@ class Workload:
 
     def values(self, manifest: Manifest) -> dict[str, Tensor]:
         """The tensors of a manifest as they are now, on the CPU; copies."""
-        state = self.state()
+        state = self.state() if len(manifest) else {}
         return {t.name: state[t.name].detach().to("cpu", copy=True) for t in manifest}
 
     def reset(self) -> None:

@@ -29,8 +29,7 @@ def retire(engine: Engine, run: RunRow, committed: int) -> None:
     """
     count = engine.config.retention.contributions
     if count != "all" and committed >= count:
-        for artefact in engine.ledger.only_of_round(run.id, committed - count):
-            engine.store.retire(artefact)
+        engine.store.retire(engine.ledger.only_of_round(run.id, committed - count))
 
 
 def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]:

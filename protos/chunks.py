@@ -140,8 +140,8 @@ class ChunkFile:
         spares: Where a file to write over may be found.
         verify: Whether to look at what the record says is there: for the first time in a process,
             since a disk may damage what it held meanwhile.
-        durable: Whether the complete file is synced before it gets its name. If not, a power cut
-            may leave the name with other bytes behind it.
+        durable: Whether the complete file is synced before it gets its name (the folder is not:
+            after a power cut it may have either name). If not, other bytes may be behind it then.
     """
 
     def __init__(
@@ -257,8 +257,6 @@ class ChunkFile:
         self._fd = -1
         self._part.rename(self.path)
         self._record.unlink(missing_ok=True)
-        if self._durable:
-            sync_folder(self.path.parent)
 
     def close(self) -> None:
         """Sync and close; what is here stays for the next time."""

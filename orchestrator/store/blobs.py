@@ -50,7 +50,7 @@ class Blobs(Protocol):
         ...
 
     def put_file(self, key: str, file: Path) -> None:
-        """Move a large one here; the file is gone afterwards."""
+        """Move a large one here; the file is gone afterwards. Durable once one beside it is put."""
         ...
 
     def size(self, key: str) -> int | None:

@@ -39,10 +39,8 @@ class Folder:
     def put_file(self, key: str, file: Path) -> None:
         """See `Blobs.put_file`. The file must be on the same file system."""
         with file.open("rb") as opened:
-            os.fsync(opened.fileno())  # costs nothing if it was synced before, as it should be
-        path = self._made(key)
-        file.rename(path)
-        sync_folder(path.parent)
+            os.fdatasync(opened.fileno())  # costs nothing if it was synced before, as it should be
+        file.rename(self._made(key))  # `put` syncs the folder
 
     def size(self, key: str) -> int | None:
         """See `Blobs.size`."""
@@ -62,11 +60,14 @@ class Folder:
 
     def remove(self, keys: Sequence[str]) -> None:
         """See `Blobs.remove`."""
+        changed: dict[Path, None] = {}
         for key in keys:
             path = self._root / key
             if path.exists():
                 path.unlink()
-                sync_folder(path.parent)
+                changed[path.parent] = None
+        for folder in changed:
+            sync_folder(folder)
 
     def recycle(self, key: str, spares: Spares) -> None:
         """See `Blobs.recycle`."""

@@ -22,12 +22,12 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from orchestrator.store.blobs import Blobs
-from orchestrator.store.collection import COLLECTED, collect
+from orchestrator.store.collection import collect
 from orchestrator.store.folder import Folder
 from orchestrator.store.space import Reservation, Space
 from orchestrator.store.tombstones import Tombstones
@@ -263,13 +263,17 @@ class Store:
             self.blobs.remove(_keys(digest))
             self.spares.clear()  # what was collected before must be gone for good now, too
 
-    def retire(self, digest: str) -> None:
-        """Collect one artefact; its file becomes a spare. Twice is as once."""
+    def retire(self, digests: Iterable[str]) -> None:
+        """Collect artefacts that nobody will ask for by name again; their files become spares.
+
+        Twice is as once. They leave no tombstones: there are as many as sites in every round.
+        """
         with self._lock:
-            if digest in self:
-                self._tombstones.put(digest, COLLECTED)
+            here = [digest for digest in digests if digest in self]
+            self.blobs.remove([_index_key(digest) for digest in here])  # then they are no artefacts
+            for digest in here:
                 self.blobs.recycle(_data_key(digest), self.spares)
-                self.blobs.remove(_keys(digest))
+            self.blobs.remove([_data_key(digest) for digest in here])
 
     def erased(self, digest: str) -> str | None:
         """Why it was erased; None if it was not."""

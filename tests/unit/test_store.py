@@ -293,6 +293,33 @@ def test_collect_removes_what_nobody_needs(store: Store) -> None:
     assert store.collect(keep, dry_run=False, grace_s=-60).files == 0
 
 
+def test_what_is_retired_is_gone_and_may_come_back(store: Store) -> None:
+    kept, gone = put(store, b"kept"), [put(store, os.urandom(CHUNK_BYTES + n)) for n in range(3)]
+    names = [index.digest for index in gone]
+    store.retire([*names, NOWHERE])
+    store.retire(names)
+    assert not any(name in store for name in names)
+    with pytest.raises(NotFound):
+        store.index(names[0])
+    store.verify(kept.digest)
+    data = os.urandom(CHUNK_BYTES)
+    store.verify(put(store, data).digest)
+    assert {blob.digest for blob in store.blobs.list("artefacts")} == {
+        kept.digest,
+        Index(MANIFEST.digest, len(data), (digest(data),)).digest,
+    }
+
+
+def test_a_retired_file_in_a_folder_is_written_over(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    index = put(store, os.urandom(CHUNK_BYTES))
+    inode = store.path(index.digest).stat().st_ino
+    store.retire([index.digest])
+    path = tmp_path / "next"
+    assert store.spares.take(path, CHUNK_BYTES)
+    assert path.stat().st_ino == inode
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from orchestrator.child import wait_gone
+from orchestrator.home import split_address
 from orchestrator.port import free_port
 from orchestrator.toml_text import document
 from orchestrator.views import Round
@@ -146,6 +148,19 @@ def test_a_gateway_is_no_way_to_control(field: Gated) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             site_pb2_grpc.ControlStub(channel).Enroll(request, timeout=CALL_S)
     assert isinstance(from_rpc_error(caught.value), Conflict)
+
+
+def test_the_kernel_spreads_connections(field: Gated) -> None:
+    host, port = split_address(field.bind)
+
+    def taken(process: psutil.Process) -> bool:
+        connections = process.net_connections("tcp")
+        return any(c.laddr.port == port and c.status == "ESTABLISHED" for c in connections)
+
+    with ExitStack() as stack:
+        for _ in range(32):
+            stack.enter_context(socket.create_connection((host, port)))
+        until(lambda: all(taken(gateway) for gateway in field.gateways()))
 
 
 # -- what they carry ------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ def retire(engine: Engine, run: RunRow, committed: int) -> None:
     """
     count = engine.config.retention.contributions
     if count != "all" and committed >= count:
-        engine.store.retire(engine.ledger.only_of_round(run.id, committed - count))
+        ended = engine.ledger.round(run.id, committed).ended
+        artefacts = engine.ledger.only_of_round(run.id, committed - count)
+        engine.store.retire(artefacts, before=ended or 0.0)
 
 
 def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]:

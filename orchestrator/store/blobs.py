@@ -53,8 +53,8 @@ class Blobs(Protocol):
         """Move a large one here; the file is gone afterwards. Durable once one beside it is put."""
         ...
 
-    def size(self, key: str) -> int | None:
-        """Its size; None if it is not there."""
+    def find(self, key: str) -> Blob | None:
+        """Its size and age; None if it is not there."""
         ...
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:

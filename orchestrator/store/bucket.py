@@ -116,13 +116,14 @@ class Bucket:
             )
         self._cache.add(_name(key), file)
 
-    def size(self, key: str) -> int | None:
-        """See `Blobs.size`."""
+    def find(self, key: str) -> Blob | None:
+        """See `Blobs.find`."""
         try:
             with self._said(key):
-                return obstore.head(self._store, key)["size"]
+                head = obstore.head(self._store, key)
         except FileNotFoundError:
             return None
+        return Blob(key, head["size"], head["last_modified"].timestamp())
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """See `Blobs.read_range`."""

@@ -42,12 +42,13 @@ class Folder:
             os.fdatasync(opened.fileno())  # costs nothing if it was synced before, as it should be
         file.rename(self._made(key))  # `put` syncs the folder
 
-    def size(self, key: str) -> int | None:
-        """See `Blobs.size`."""
+    def find(self, key: str) -> Blob | None:
+        """See `Blobs.find`."""
         try:
-            return (self._root / key).stat().st_size
+            stat = (self._root / key).stat()
         except FileNotFoundError:
             return None
+        return Blob(key, stat.st_size, stat.st_mtime)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """See `Blobs.read_range`."""

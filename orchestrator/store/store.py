@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -112,7 +113,8 @@ class Store:
         with _room(self.root):
             self.blobs.put_file(_data_key(name), data)  # may take long: nobody waits for it
         with self._lock, _room(self.root):
-            if self.blobs.size(_data_key(name)) != size:
+            found = self.blobs.find(_data_key(name))
+            if found is None or found.nbytes != size:
                 raise NotFound(f"artefact {name[:12]} was erased while it came", digest=name)
             self.blobs.put(_index_key(name), index.encoded)
             self._tombstones.lift(name)
@@ -149,8 +151,8 @@ class Store:
         if not isinstance(digest, str) or not is_digest(digest):
             return False
         return (
-            self.blobs.size(_index_key(digest)) is not None
-            and self.blobs.size(_data_key(digest)) is not None
+            self.blobs.find(_index_key(digest)) is not None
+            and self.blobs.find(_data_key(digest)) is not None
             and self._tombstones.reason(digest) is None
         )
 
@@ -192,7 +194,8 @@ class Store:
             for number, name in enumerate(expected):
                 if digest_of(view[number * CHUNK_BYTES :][:CHUNK_BYTES]) != name:
                     raise _damaged(digest, first + number)
-        if self.blobs.size(_data_key(digest)) != index.nbytes:
+        found = self.blobs.find(_data_key(digest))
+        if found is None or found.nbytes != index.nbytes:
             raise _damaged(digest, len(index.chunks))
 
     def _read(self, digest: str, start: int, stop: int) -> bytes:
@@ -255,7 +258,7 @@ class Store:
         """Remove an artefact or a document for good and remember why. Twice is as once."""
         _check(digest)
         with self._lock:
-            here = any(self.blobs.size(key) is not None for key in _keys(digest))
+            here = any(self.blobs.find(key) is not None for key in _keys(digest))
             if not here and self.erased(digest) is None:
                 raise self._missing(digest, "artefact or document")
             # The tombstone first: a reader in between hears "erased", never "not found".
@@ -263,17 +266,27 @@ class Store:
             self.blobs.remove(_keys(digest))
             self.spares.clear()  # what was collected before must be gone for good now, too
 
-    def retire(self, digests: Iterable[str]) -> None:
+    def retire(self, digests: Iterable[str], before: float) -> None:
         """Collect artefacts that nobody will ask for by name again; their files become spares.
 
         Twice is as once. They leave no tombstones: there are as many as sites in every round.
+
+        Args:
+            digests: Of artefacts.
+            before: One that was stored later, or again, stays: its row may not be in the ledger yet.
         """
         with self._lock:
-            here = [digest for digest in digests if digest in self]
-            self.blobs.remove([_index_key(digest) for digest in here])  # then they are no artefacts
-            for digest in here:
+            going = [
+                digest for digest in digests if digest in self and self._since(digest) < before
+            ]
+            self.blobs.remove([_index_key(digest) for digest in going])  # no artefacts from here on
+            for digest in going:
                 self.blobs.recycle(_data_key(digest), self.spares)
-            self.blobs.remove([_data_key(digest) for digest in here])
+            self.blobs.remove([_data_key(digest) for digest in going])
+
+    def _since(self, digest: str) -> float:
+        index = self.blobs.find(_index_key(digest))
+        return index.modified if index is not None else math.inf
 
     def erased(self, digest: str) -> str | None:
         """Why it was erased; None if it was not."""

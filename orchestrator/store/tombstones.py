@@ -35,7 +35,7 @@ class Tombstones:
 
     def lift(self, digest: str) -> None:
         """Forget it: the bytes are back."""
-        if self._blobs.size(_key(digest)) is not None:
+        if self._blobs.find(_key(digest)) is not None:
             self._blobs.remove([_key(digest)])
 
     def digests(self) -> set[str]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -296,8 +297,10 @@ def test_collect_removes_what_nobody_needs(store: Store) -> None:
 def test_what_is_retired_is_gone_and_may_come_back(store: Store) -> None:
     kept, gone = put(store, b"kept"), [put(store, os.urandom(CHUNK_BYTES + n)) for n in range(3)]
     names = [index.digest for index in gone]
-    store.retire([*names, NOWHERE])
-    store.retire(names)
+    store.retire(names, before=time.time() - 60)
+    assert all(name in store for name in names), "somebody may have stored them just now"
+    store.retire([*names, NOWHERE], before=time.time() + 60)
+    store.retire(names, before=time.time() + 60)
     assert not any(name in store for name in names)
     with pytest.raises(NotFound):
         store.index(names[0])
@@ -314,7 +317,7 @@ def test_a_retired_file_in_a_folder_is_written_over(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     index = put(store, os.urandom(CHUNK_BYTES))
     inode = store.path(index.digest).stat().st_ino
-    store.retire([index.digest])
+    store.retire([index.digest], before=time.time() + 60)
     path = tmp_path / "next"
     assert store.spares.take(path, CHUNK_BYTES)
     assert path.stat().st_ino == inode

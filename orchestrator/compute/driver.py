@@ -20,12 +20,16 @@ from orchestrator.compute.protocol import Lines, LineTooLong
 from orchestrator.compute.sandbox import Cell, run_isolated
 
 _START_S = 120.0  # Ray started in 3 to 11 s here, the latter on a busy host
+_TOO_SLOW = "timed out during startup"  # what Ray says after 30 s, which can't be changed
 _QUEUE_S = 5.0
 _REQUESTS = 16  # served at once; Ray queues their tasks
 
 
 def serve(config: ComputeConfig, level: Level, reader: IO[bytes], writer: IO[bytes]) -> int:
     """Starts Ray, reports ``ready`` or ``failed``, and serves requests until end-of-file.
+
+    If the host is so busy that Ray does not come up in its time, nothing is reported: whoever waits
+    sees the end of this process and starts it again, as after any other death.
 
     Must be called in the main thread: Ray ties the life of its processes to the thread that
     starts them.
@@ -35,6 +39,9 @@ def serve(config: ComputeConfig, level: Level, reader: IO[bytes], writer: IO[byt
         engine = RayEngine(config, level)
     except Exception as error:  # noqa: BLE001 - whatever Ray raises, the daemon is told
         failure = errors.to_json(error, where=_log_tail(config))
+        if _TOO_SLOW in str(error):
+            logging.getLogger(__name__).error("Ray did not start: %s", error)
+            return 1
         if failure["class"] == "ComputeFailed":
             failure |= {"class": "ComputeNotReady", "message": f"Ray did not start: {error}"}
         lines.send({"event": "failed", "error": failure})

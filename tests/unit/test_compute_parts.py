@@ -7,7 +7,14 @@ import ipaddress
 
 import pytest
 
-from orchestrator.compute import ComputeConfig, InProcessCompute, Level, Limits, errors
+from orchestrator.compute import (
+    ComputeConfig,
+    InProcessCompute,
+    Level,
+    Limits,
+    driver,
+    errors,
+)
 from orchestrator.compute.listeners import Listener, parse, require_private
 from orchestrator.compute.protocol import MAX_LINE_BYTES, Lines, LineTooLong
 
@@ -100,3 +107,26 @@ def test_requests_have_bounds() -> None:
     twin = InProcessCompute(ComputeConfig(functions={"f": "json:loads"}))
     with pytest.raises(errors.ComputeRefused, match="the limit is 100000"):
         twin.map("f", [{}] * 100_001, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("The current node timed out during startup. The GCS has become overloaded.", []),
+        ("no space for its sockets", ["Ray did not start: no space for its sockets"]),
+    ],
+)
+def test_a_ray_that_was_only_slow_is_started_again(
+    said: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(driver, "RayEngine", start)
+    written = io.BytesIO()
+    config = ComputeConfig(functions={}, temp_dir="/nowhere")
+    assert driver.serve(config, Level.NONE, io.BytesIO(), written) == 1
+    lines = Lines(io.BytesIO(written.getvalue()), io.BytesIO())
+    messages = list(iter(lines.receive, None))
+    assert [m["error"]["message"] for m in messages if m["event"] == "failed"] == told
+    assert len(messages) == len(told), "an end without a word: the daemon starts it again"

@@ -53,7 +53,7 @@ def config(nbytes: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("nbytes", "mbit_per_s", "most", "cut_every_s"),
     [
-        pytest.param(60_000_000, 200, 1.25, 0, marks=pytest.mark.timeout(300)),
+        pytest.param(60_000_000, 200, 1.25, 0, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
         pytest.param(
             1_000_000_000, 800, 1.02, 3, marks=[pytest.mark.slow, pytest.mark.timeout(1500)]
         ),

@@ -15,6 +15,7 @@ from protos.errors import ConfigInvalid
 SECONDS = 240
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(SECONDS)
 def test_every_engine_gives_the_floors_model(tmp_path: Path) -> None:

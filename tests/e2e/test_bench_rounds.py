@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.child import program
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e"), pytest.mark.timeout(240)]
 
 
 def test_rounds(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def config(field: Field, name: str, codec: str, rounds: int, **params: Any) -> d
     )
 
 
-@pytest.mark.parametrize("codec", ["int8", "top_k"])
+@pytest.mark.parametrize("codec", ["int8", pytest.param("top_k", marks=pytest.mark.slow)])
 def test_what_a_site_still_owes_survives_its_restart(field: Field, codec: str) -> None:
     """Round 2: the bits are those of a run without a restart, and not those without feedback."""
     federation = field.federation
@@ -66,6 +66,7 @@ def test_what_a_site_still_owes_survives_its_restart(field: Field, codec: str) -
     assert expected[1] != without[1]
 
 
+@pytest.mark.slow
 def test_only_encoded_bytes_travel(field: Field) -> None:
     raw = field.federation.launch(field.config("raw", rounds=1))
     packed = {

@@ -24,9 +24,6 @@ SMALL_BYTES = 64 << 10
 SAVE_CHUNKS = 256
 """How many chunks of a long transfer a power cut may lose."""
 
-BEHIND_CHUNKS = 8
-"""A file that will be synced is written out in pieces of so many chunks, while more of it comes."""
-
 
 def sync_folder(path: Path) -> None:
     """Make renames and new names in a folder durable."""
@@ -66,13 +63,6 @@ def write_durably(path: Path, data: Bytes, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
-def write_out(fd: int, start: int, stop: int) -> None:
-    """Have a range that was just written brought to disk, without waiting: a later sync finds it done."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        # Drops what of the range is on disk already from the cache, too: nothing is, so soon.
-        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-
-
 class IndexWriter:
     """Writes an artefact's bytes in order into a file and hashes each chunk on the way.
 
@@ -108,10 +98,6 @@ class IndexWriter:
     def _end_chunk(self) -> None:
         self._chunks.append(self._hasher.hexdigest())
         self._hasher, self._filled = hasher(), 0
-        count = len(self._chunks)
-        if count % BEHIND_CHUNKS == 0:
-            start = (count - BEHIND_CHUNKS) * CHUNK_BYTES
-            write_out(self._file.fileno(), start, count * CHUNK_BYTES)
 
     def finish(self, manifest_digest: str) -> Index:
         """Write what is pending and give the index of its bytes. Whoever names the file syncs it."""
@@ -231,8 +217,6 @@ class ChunkFile:
         if not self._have[number]:
             self._have[number] = 1
             self.received_bytes += size
-        if self._durable and (number + 1) % BEHIND_CHUNKS == 0:
-            write_out(self._fd, (number + 1 - BEHIND_CHUNKS) * CHUNK_BYTES, start)
         self._unsaved += 1
         if self._unsaved >= SAVE_CHUNKS:
             self.save()

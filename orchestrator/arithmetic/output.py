@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from protos.chunks import BEHIND_CHUNKS, write_out
 from protos.digest import hasher
 from protos.manifest import ALIGNMENT, CHUNK_BYTES
 
@@ -28,23 +27,20 @@ class Output:
     def __init__(self, path: str, nbytes: int) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         self._nbytes = nbytes
-        self._at = self._out = -1
+        self._at = -1
         self._hasher: Any = None
         self.chunks: list[tuple[int, str]] = []
 
     def write(self, data: memoryview, at: int) -> None:
         """Write some bytes behind those before, with at most a tensor's padding in between."""
         if self._at < 0:
-            self._at = self._out = at
+            self._at = at
             self._hasher = hasher() if at % CHUNK_BYTES == 0 else None
         self._hash(memoryview(bytes(at - self._at)))
         self._hash(data)
         while data:
             written = os.pwrite(self._fd, data, at)
             data, at = data[written:], at + written
-        if at - self._out >= BEHIND_CHUNKS * CHUNK_BYTES:
-            write_out(self._fd, self._out, at)
-            self._out = at
 
     def _hash(self, data: memoryview) -> None:
         while data:

@@ -21,7 +21,6 @@ from hypothesis.stateful import (
 
 from protos import chunks as chunks_module
 from protos.chunks import (
-    BEHIND_CHUNKS,
     ChunkFile,
     IndexWriter,
     ranges,
@@ -312,21 +311,6 @@ def test_any_order_and_duplicates(order: list[int], tmp_path: Path) -> None:
     file.finish()
     assert (tmp_path / "x").read_bytes() == DATA
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_a_file_that_is_written_out_in_pieces_while_it_comes(extra: int, tmp_path: Path) -> None:
-    data = content(BEHIND_CHUNKS * CHUNK_BYTES + extra)
-    writer = IndexWriter(tmp_path / "made")
-    writer.write(data)
-    index = writer.finish(MANIFEST)
-    file = ChunkFile(tmp_path / "received", index)
-    for number in reversed(range(len(index.chunks))):
-        start, stop = index.span(number)
-        file.write(number, data[start:stop])
-    file.finish()
-    for name in ("made", "received"):
-        assert (tmp_path / name).read_bytes() == data
 
 
 def test_an_old_record_never_vouches_for_a_new_file(tmp_path: Path) -> None:

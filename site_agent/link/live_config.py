@@ -46,6 +46,8 @@ class LiveConfig:
         try:
             if stamp is None:
                 raise ConfigInvalid(f"{self._path}: it is not there any more")
+            if not stamp[1]:  # somebody is slow to write it; caps must not fall meanwhile
+                raise ConfigInvalid(f"{self._path}: it is empty")
             found = SiteConfig.load(self._path)
         except ConfigInvalid as error:
             self._journal.error("site.toml is wrong; what was in force stays", reason=error.message)

@@ -48,6 +48,12 @@ class Site:
         self.mark()
         write_config(self.home, ("Clouds",), "[trainer]\nthreads = 1\n" + table)
 
+    def write(self, text: str) -> None:
+        """Write site.toml as a careful editor does: a file cut short is never to be seen."""
+        new = self.home / "site.toml.new"
+        new.write_text(text)
+        new.replace(self.home / "site.toml")
+
     def in_force(self, event: str = "site.toml changed", **facts: Any) -> None:
         """Wait until the agent says, after the last mark, that it took the file up."""
 
@@ -209,13 +215,13 @@ def test_what_site_toml_says_is_taken_up_by_a_running_agent(site: Site) -> None:
     plan = site.plan(1e5)
     text = (site.home / "site.toml").read_text()
     site.mark()
-    (site.home / "site.toml").write_text(text + "[policy]\nmax_steps = 0\n")
+    site.write(text + "[policy]\nmax_steps = 0\n")
     site.in_force("site.toml is wrong; what was in force stays")
     site.orchestrator.offer(plan)
     site.orchestrator.contribution(plan)
 
     strict = text + "[policy]\nmax_bytes = 1000\n[site]\nkeep_states = 9\n"
-    (site.home / "site.toml").write_text(strict)
+    site.write(strict)
     site.agent.process.send_signal(signal.SIGHUP)
     site.in_force(in_force=["policy.max_bytes"], needs_a_restart=["site.keep_states"])
     other = site.plan(2e5)

@@ -60,6 +60,16 @@ def test_a_file_that_is_being_written_is_not_read(site: Site) -> None:
     assert site.live.config.network.up_mbit_per_s == 7
 
 
+def test_an_empty_file_changes_nothing(site: Site) -> None:
+    """Somebody has cut it and is slow to write it: the caps stay meanwhile."""
+    before = site.live.config
+    site.write("")
+    assert [site.live.look() for _ in range(3)] == [False] * 3
+    assert site.live.config == before
+    (line,) = site.log()
+    assert "it is empty" in line["reason"]
+
+
 @pytest.mark.parametrize("text", ["[network]\nup_mbit_per_s = -5\n", "[network\n", "[netwrk]\n"])
 def test_a_wrong_file_changes_nothing(site: Site, text: str) -> None:
     site.write(text)

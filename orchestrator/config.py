@@ -118,6 +118,12 @@ class RunConfig(Section):
     """A run file.
 
     Attributes:
+        on_error: What becomes of a round one of whose plug-ins fails: it goes on without it, or is
+            held and the run paused.
+        tolerance: How much worse a round's plug-ins may make the average, judged by the sites'
+            validation data: the accuracy that may be lost, as a share (0.01 is one point), or,
+            where the task has no accuracy, the share by which its loss may grow. One that costs
+            more counts as failed. None: nobody judges.
         references: Scores to draw beside the run's own, such as ``centralised = 0.881`` (accuracy)
             or ``"centralised.test.nll" = 0.36``; nothing depends on them.
     """
@@ -132,6 +138,7 @@ class RunConfig(Section):
     assess: AssessSection = AssessSection()
     strategy: tuple[StrategyChoice, ...] | None = None
     on_error: Literal["skip", "hold"] = "skip"
+    tolerance: float | None = Field(None, ge=0)
     references: dict[str, float] = {}
 
     @field_validator("strategy", mode="before")

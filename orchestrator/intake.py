@@ -27,7 +27,7 @@ from orchestrator.store import Store
 from orchestrator.turns import turn
 from protos.bulk import Chunk
 from protos.chunks import ChunkFile
-from protos.contribution import Header
+from protos.contribution import ASSESSMENTS, Header
 from protos.errors import (
     ContributionRefused,
     DataCorrupt,
@@ -366,7 +366,7 @@ class Intake:
     def _examine(self, announced: Announced, folder: Path) -> tuple[float | None, str]:
         plan, header = announced.plan, announced.header
         payload = folder / PAYLOAD
-        if plan.kind in ("assess", "reassess"):
+        if plan.kind in ASSESSMENTS:
             return None, first_bad(payload, side_spans(header, Manifest(())))[1]
         if plan.kind == "init":
             spans = first_model_spans(header, payload, announced.index.nbytes)

@@ -33,6 +33,9 @@ make the orchestrator spool and decode follows from the manifest."""
 
 Merge = Literal["sum", "mean by count", "concatenate", "keep per site"]
 
+ASSESSMENTS = frozenset({"assess", "baseline", "reassess"})
+"""Kinds of plans that are answered with side payloads only."""
+
 
 class PayloadSpec(Frozen):
     """A named tensor beside the update, and how the orchestrator merges it over the sites.
@@ -95,7 +98,7 @@ class Header(Frozen):
     plan_id: str = Field(max_length=256)
     work_digest: Digest
     site: Name
-    kind: Literal["train", "init", "assess", "reassess"] = "train"
+    kind: Literal["train", "init", "assess", "baseline", "reassess"] = "train"
     base: Digest | Literal[""] = ""
     manifest: Digest
     index: Digest
@@ -122,7 +125,7 @@ class Header(Frozen):
         Raises:
             ManifestInvalid: The block table does not fit the manifest.
         """
-        if self.kind in ("assess", "reassess"):
+        if self.kind in ASSESSMENTS:
             return []
         if self.kind == "init":
             starts = [

@@ -158,8 +158,9 @@ class Plan(Frozen):
         round: 1, 2, …; 0 for the exchange that makes the first base.
         attempt: 1, 2, …
         kind: train: fetch, train, contribute. init: build the task's model and contribute its
-            weights as they are. assess: evaluate a candidate and contribute sums. reassess: the
-            same with the calibration maps that were fitted to the first sums.
+            weights as they are. assess: evaluate a candidate and contribute sums. baseline: the same
+            for the average before plug-ins changed it. reassess: the same with the calibration maps
+            that were fitted to the first sums.
         site: To whom it is addressed.
         base: Digest of the model's index; empty for init.
         manifest: Digest of the shared part's manifest; empty for init.
@@ -184,7 +185,7 @@ class Plan(Frozen):
     run: Name
     round: int = Field(ge=0)
     attempt: int = Field(ge=1)
-    kind: Literal["train", "init", "assess", "reassess"] = "train"
+    kind: Literal["train", "init", "assess", "baseline", "reassess"] = "train"
     site: Name
     base: Digest | Literal[""] = ""
     manifest: Digest | Literal[""] = ""

@@ -13,7 +13,7 @@ from orchestrator.views import RoundState, RunState
 
 MemberState = Literal["invited", "enrolled", "revoked"]
 
-PlanKind = Literal["train", "init", "assess", "reassess"]
+PlanKind = Literal["train", "init", "assess", "baseline", "reassess"]
 
 Answer = Literal["counted", "late", "refused", "failed", "left"]
 """How a plan ended at a site. ``failed`` and ``left`` come from the site; a contribution that

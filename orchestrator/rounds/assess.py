@@ -3,60 +3,99 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.exchange import Gathered
 from orchestrator.ledger import PlanKind
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, payload_specs
 from orchestrator.rounds.plan import plan_rows
+from orchestrator.rounds.tolerance import judge, judged
 from orchestrator.small import small_model
 from orchestrator.views import Plugin
 from protos.contribution import Header
 
 
-def assess(engine: Engine, planned: Planned, candidate: Candidate) -> Assessment | None:
-    """Pooled scores of the candidate, and the calibration maps fitted to it; None if interrupted.
+def assess(
+    engine: Engine, planned: Planned, candidate: Candidate
+) -> tuple[Candidate, Assessment] | None:
+    """What is committed, with its pooled scores and calibration maps; None if interrupted.
 
-    Two light exchanges at most: sums of the raw outputs, from which scores and maps follow; then,
-    if a map was fitted, sums of the calibrated outputs, so that its effect is measured and not
-    guessed. The candidate is the next base, so fetching it costs no extra bytes.
+    Light exchanges: sums of the raw outputs, from which scores and maps follow; then, if a map was
+    fitted, sums of the calibrated outputs, so that its effect is measured and not guessed. The
+    candidate is the next base, so fetching it costs no extra bytes.
+
+    If plug-ins changed the average and the run has a tolerance, the average is assessed too, and is
+    what is committed if they made it worse than that.
     """
     row, every = planned.row, planned.config.assess.every
-    last = row.round >= planned.run.rounds
-    if every == 0 or (row.round % every and not last):
-        return Assessment()
-    gathered = _exchange(engine, planned, candidate, "assess", {})
+    last, gate = row.round >= planned.run.rounds, judged(planned, candidate)
+    if not gate and (every == 0 or (row.round % every and not last)):
+        return candidate, Assessment()
+    assessed = _assessed(engine, planned, candidate, "assess")
+    if gate and assessed is not None and candidate.average is not None:
+        average: Assessment | None = Assessment()
+        if assessed.done:
+            average = _assessed(engine, planned, candidate.average, "baseline")
+        if average is None:
+            return None
+        candidate, assessed = judge(engine, planned, candidate, assessed, average)
+    if assessed is not None and assessed.calibration and not candidate.held:
+        assessed = _calibrated(engine, planned, candidate, assessed)
+    if assessed is None:
+        return None
+    for site, values in assessed.sites.items():
+        engine.board.note(site, scores=values)
+    return candidate, assessed
+
+
+def _assessed(
+    engine: Engine, planned: Planned, candidate: Candidate, kind: PlanKind
+) -> Assessment | None:
+    """Scores of the raw outputs and the maps fitted to them; None if interrupted."""
+    gathered = _exchange(engine, planned, candidate, kind, {})
     if gathered.interrupted:
         return None
     if gathered.decision.kind != "close":
         return Assessment(missing=gathered.missing)
     start = time.monotonic()
-    first = _evaluate(engine, planned, "assess", True)
-    fitted = first["calibration"]
-    plugins = tuple(
-        Plugin(
-            name=name,
-            state="done",
-            report=first["reports"].get(name, {}),
-            seconds=time.monotonic() - start,
-        )
-        for name in sorted(fitted)
+    found = _evaluate(engine, planned, kind, True)
+    return Assessment(
+        True,
+        found["scores"],
+        found["sites"],
+        found["reliability"],
+        found["calibration"],
+        tuple(
+            Plugin(
+                name=name,
+                state="done",
+                report=found["reports"].get(name, {}),
+                seconds=time.monotonic() - start,
+            )
+            for name in sorted(found["calibration"])
+        ),
+        dict(gathered.missing),
     )
-    scores, sites = first["scores"], first["sites"]
-    reliability, missing = first["reliability"], dict(gathered.missing)
-    if fitted:
-        again = _exchange(engine, planned, candidate, "reassess", fitted)
-        if again.interrupted:
-            return None
-        missing.update(again.missing)
-        if again.decision.kind == "close":
-            second = _evaluate(engine, planned, "reassess", False)
-            scores = {**scores, **second["scores"]}
-            reliability = {**reliability, **second["reliability"]}
-            sites = {s: {**v, **second["sites"].get(s, {})} for s, v in sites.items()}
-    for site, values in sites.items():
-        engine.board.note(site, scores=values)
-    return Assessment(True, scores, sites, reliability, fitted, plugins, missing)
+
+
+def _calibrated(
+    engine: Engine, planned: Planned, candidate: Candidate, assessed: Assessment
+) -> Assessment | None:
+    """An assessment with what its maps do; None if interrupted."""
+    gathered = _exchange(engine, planned, candidate, "reassess", assessed.calibration)
+    if gathered.interrupted:
+        return None
+    assessed = replace(assessed, missing={**assessed.missing, **gathered.missing})
+    if gathered.decision.kind != "close":
+        return assessed
+    second = _evaluate(engine, planned, "reassess", False)
+    return replace(
+        assessed,
+        scores={**assessed.scores, **second["scores"]},
+        reliability={**assessed.reliability, **second["reliability"]},
+        sites={s: {**v, **second["sites"].get(s, {})} for s, v in assessed.sites.items()},
+    )
 
 
 def _exchange(

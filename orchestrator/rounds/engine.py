@@ -236,6 +236,7 @@ class Candidate:
         plugins: What refine did.
         payloads: Merged side payloads: name to {object, offset, nbytes, dtype, shape, merge}.
         held: Why the round must be held; empty if it need not.
+        average: What it was before plug-ins changed its model; None if none did.
     """
 
     model: Model
@@ -246,6 +247,7 @@ class Candidate:
     plugins: tuple[Plugin, ...] = ()
     payloads: dict[str, Any] = field(default_factory=dict)
     held: str = ""
+    average: Candidate | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.assess import assess
 from orchestrator.rounds.commit import commit, summary
-from orchestrator.rounds.engine import Assessment, Engine, timed
+from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, timed
 from orchestrator.rounds.gather import Closed, gather
 from orchestrator.rounds.plan import plan
 from orchestrator.rounds.reduce import reduce
@@ -57,23 +57,31 @@ def run_round(engine: Engine, run: RunRow, number: int, abandoning: str = "") ->
         with timed(engine.board, "refining"):
             candidate = refine(engine, planned, closed, candidate)
         if candidate.held:
-            document = summary(engine, planned, closed, candidate, Assessment())
-            row = planned.row
-            engine.ledger.hold_round(
-                row.run,
-                row.round,
-                row.attempt,
-                candidate.held,
-                model=candidate.model.shared,
-                outer_state=candidate.outer_state,
-                memos=candidate.memos,
-                summary=document,
-            )
-            return Outcome("held", candidate.held)
+            return _hold(engine, planned, closed, candidate, Assessment())
         with timed(engine.board, "assessing"):
-            assessed = assess(engine, planned, candidate)
-        if assessed is None:
+            found = assess(engine, planned, candidate)
+        if found is None:
             return Outcome("interrupted")
+        candidate, assessed = found
+        if candidate.held:
+            return _hold(engine, planned, closed, candidate, assessed)
         with timed(engine.board, "committing"):
             committed = commit(engine, planned, closed, candidate, assessed)
     return Outcome("committed", row=committed)
+
+
+def _hold(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, assessed: Assessment
+) -> Outcome:
+    row = planned.row
+    engine.ledger.hold_round(
+        row.run,
+        row.round,
+        row.attempt,
+        candidate.held,
+        model=candidate.model.shared,
+        outer_state=candidate.outer_state,
+        memos=candidate.memos,
+        summary=summary(engine, planned, closed, candidate, assessed),
+    )
+    return Outcome("held", candidate.held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from typing import Literal
 
 from orchestrator.compute.config import Limits
 from orchestrator.rounds.engine import Candidate, Engine, Planned
@@ -19,6 +20,7 @@ def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidat
     One that fails is skipped, with its reason in the ledger: the round's work is not thrown away.
     With ``on_error = "hold"`` the round is to be held instead.
     """
+    average = candidate
     hooks = engine.stack_facts(planned.stack)["hooks"]
     for name in (c["name"] for c in planned.stack):
         if "refine" not in hooks[name]:
@@ -28,15 +30,23 @@ def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidat
             candidate = _one(engine, planned, closed, candidate, name, start)
         except FarflungError as error:
             seconds = time.monotonic() - start
-            hold = planned.config.on_error == "hold"
-            state = "held" if hold else "skipped"
-            plugin = Plugin(name=name, state=state, reason=error.message, seconds=seconds)
-            candidate = replace(candidate, plugins=(*candidate.plugins, plugin))
-            text = f"strategy {name} was {state} in round {planned.row.round}: {error.message}"
-            engine.note("error", planned.run.id, planned.row.round, "", text)
-            if hold:
-                return replace(candidate, held=text)
-    return candidate
+            plugin = Plugin(name=name, state="skipped", reason=error.message, seconds=seconds)
+            candidate = without(engine, planned, candidate, plugin)
+            if candidate.held:
+                return candidate
+    return replace(candidate, average=average) if candidate.model != average.model else candidate
+
+
+def without(engine: Engine, planned: Planned, candidate: Candidate, *failed: Plugin) -> Candidate:
+    """The candidate that some plug-ins have no part in, and why; held if the run says so."""
+    state: Literal["held", "skipped"] = "held" if planned.config.on_error == "hold" else "skipped"
+    plugins = tuple(plugin.model_copy(update={"state": state}) for plugin in failed)
+    text = "; ".join(
+        f"strategy {p.name} was {state} in round {planned.row.round}: {p.reason}" for p in plugins
+    )
+    engine.note("error", planned.run.id, planned.row.round, "", text)
+    held = text if state == "held" else ""
+    return replace(candidate, plugins=(*candidate.plugins, *plugins), held=held)
 
 
 def _one(

@@ -21,8 +21,8 @@ SPLITS = ("val", "test")
 def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor], int]:
     """The sums that a plan asks for, by side payload name, and the number of val samples.
 
-    For assess: ``val/…`` and ``test/…``, and what each strategy's ``evaluate`` adds over val as
-    ``strategy/…``. For reassess: ``val_calibrated/…`` and ``test_calibrated/…``, after the
+    For assess and baseline: ``val/…`` and ``test/…``, and what each strategy's ``evaluate`` adds
+    over val as ``strategy/…``. For reassess: ``val_calibrated/…`` and ``test_calibrated/…``, after the
     transforms of the strategies for which the plan has a calibration map.
     """
     out: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
                 outputs, targets = flatten(outputs, targets)
             outputs = work.stack.transform(outputs, plan.calibration)
         part = sums_of(work.task, outputs, targets)
-        if split == "val" and plan.kind == "assess":
+        if split == "val" and plan.kind != "reassess":
             part |= _of_strategies(work, outputs, targets)
         total = add(total, part)
         done += int(part["n"])

@@ -359,7 +359,7 @@ def test_a_first_model_is_the_artefact_of_its_manifest(manifest: Manifest, heade
         assert offset <= start <= stop <= offset + tile.spec.nbytes
 
 
-@pytest.mark.parametrize("kind", ["assess", "reassess"])
+@pytest.mark.parametrize("kind", ["assess", "baseline", "reassess"])
 @settings(max_examples=25)
 @given(manifests(), headers())
 def test_an_assessment_is_side_payloads_only(kind: str, manifest: Manifest, header: Header) -> None:

@@ -1,8 +1,8 @@
 """A task for tests: three Gaussian blobs, a small net, and faults that a test can switch on.
 
 ``Settings.switches`` is a folder of the test's. A file ``fault`` in it names what goes wrong in the
-next step of training; a file ``gate`` holds training until it is gone (``reached`` says that it
-waits); every training step adds a line to ``steps``.
+next step of training, at a site or of a plug-in at the orchestrator; a file ``gate`` holds training
+until it is gone (``reached`` says that it waits); every training step adds a line to ``steps``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def _obey(switches: Path, model: nn.Module) -> None:
     elif what == "memory":
         hoard = [bytearray(64 << 20) for _ in range(10_000)]
         del hoard
+    elif what == "loop":
+        while True:
+            pass
+    elif what.startswith("connect "):
+        host, _, port = what.removeprefix("connect ").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()
+    elif what.startswith("read "):
+        Path(what.removeprefix("read ")).read_bytes()
+    elif what == "spoil":
+        with torch.no_grad():
+            model.second.weight.zero_()  # type: ignore[operator, union-attr]
     elif what == "raise":
         raise ValueError("a sample of patient 4711 is broken")
     elif what == "nan":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from protos.contribution import Header
+from protos.contribution import ASSESSMENTS, Header
 from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, PolicyRefused, TaskFailed
 from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
@@ -67,7 +67,7 @@ class Bench:
         assert header.index == index.digest
         assert (out / "payload").stat().st_size == index.nbytes
         covered = self.work.shared.covering(plan.groups)
-        if plan.kind in ("assess", "reassess"):
+        if plan.kind in ASSESSMENTS:
             covered = Manifest(())
         assert header.expected_nbytes(covered) == index.nbytes
         if header.codec:

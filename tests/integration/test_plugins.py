@@ -1,0 +1,145 @@
+"""Plug-ins that misbehave, in a real daemon: stopped, named, and the run goes on without them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.child import program
+from orchestrator.views import Plugin, Round
+from tests.support.field import ORCHESTRATOR, Field
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plugins"), pytest.mark.timeout(240)]
+
+SECONDS = 20.0  # a process with torch took 3 to 9 s to start
+MIB = 1024
+DISTILLED = [{"name": "feddf", "steps": 3}]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    """A federation whose plug-ins have little time and memory."""
+    plugins = {"seconds": SECONDS, "memory_bytes": MIB << 20}
+    field = Field(tmp_path_factory.mktemp("field"), daemon={"plugins": plugins})
+    with field.federation:
+        yield field
+
+
+@pytest.fixture
+def field(own: Field) -> Iterator[Field]:
+    yield own
+    own.clear()
+
+
+def misbehave(field: Field, fault: str) -> None:
+    (field.switches[ORCHESTRATOR] / "fault").write_text(fault)
+
+
+def feddf(round: Round) -> Plugin:
+    return next(p for p in round.plugins if p.name == "feddf")
+
+
+def complete(field: Field, run: str) -> list[Round]:
+    view = field.federation.wait(run, 200)
+    assert view.state == "finished", view.reason
+    rounds = field.federation.rounds(run)
+    assert [r.state for r in rounds] == ["committed"] * len(rounds)
+    assert not any(r.missing for r in rounds)
+    return rounds
+
+
+def watched(field: Field, run: str) -> subprocess.CompletedProcess[str]:
+    home = str(field.federation.home.path)
+    words = [*program("farflung", "orchestrator.cli"), "watch", run, "--home", home]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", "raised ValueError"),
+        ("loop", f"ran longer than its {SECONDS:g} s"),
+        ("memory", f"needed more than its {MIB} MiB of memory"),
+        ("connect ADDRESS", "Network is unreachable"),
+        ("read KEY", "FileNotFoundError"),
+    ],
+)
+def test_it_is_stopped_and_named_and_everything_goes_on(
+    field: Field, fault: str, words: str
+) -> None:
+    federation = field.federation
+    key = next(p for p in (federation.home.path / "keys").rglob("*") if p.is_file())
+    address = federation.client.status().address
+    misbehave(field, fault.replace("ADDRESS", address).replace("KEY", str(key)))
+    config = field.config(f"bad-{fault.split()[0]}", rounds=2, strategy=DISTILLED)
+    run = federation.launch(config)
+    spoilt = federation.until(
+        lambda e: "feddf was skipped in round 1" in e.text, run, timeout_s=120
+    )
+    assert spoilt.level == "error"
+    field.clear()  # in the second round, or in the next run, it behaves
+    rounds = complete(field, run)
+    assert feddf(rounds[0]).state == "skipped"
+    assert words in feddf(rounds[0]).reason, feddf(rounds[0]).reason
+    assert rounds[0].scores["test.accuracy"] > 0
+    told = watched(field, run)
+    assert told.returncode not in (0, 75)  # no site was missing, but something was
+    assert words in " ".join((told.stdout + told.stderr).split())
+
+    again = complete(field, federation.launch(field.config("good", rounds=1, strategy=DISTILLED)))
+    assert feddf(again[0]).state == "done"
+
+
+def test_a_round_is_held_where_the_run_says_so_and_tried_again(field: Field) -> None:
+    federation = field.federation
+    misbehave(field, "raise")
+    config = field.config("held", rounds=1, strategy=DISTILLED, on_error="hold")
+    run = federation.launch(config)
+    view = federation.wait(run, 120)
+    assert view.state == "paused"
+    assert "feddf was held in round 1" in view.reason
+    (round,) = federation.rounds(run)
+    assert (round.state, feddf(round).state) == ("held", "held")
+
+    other = complete(field, federation.launch(field.config("queued-behind", rounds=1)))
+    assert len(other) == 1  # the queue goes on
+    field.clear()
+    federation.client.extend(run, 1)
+    assert feddf(complete(field, run)[-1]).state == "done"
+
+
+def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(
+    field: Field, tmp_path: Path
+) -> None:
+    federation = field.federation
+    plain = complete(field, federation.launch(field.config("plain", rounds=1)))
+    misbehave(field, "spoil")
+    stack = [*DISTILLED, {"name": "temperature"}]
+    unjudged = complete(
+        field, federation.launch(field.config("unjudged", rounds=1, strategy=stack))
+    )
+    assert feddf(unjudged[0]).state == "done"
+    fall = plain[0].scores["val.accuracy"] - unjudged[0].scores["val.accuracy"]
+    assert fall > 0.2
+
+    run = federation.launch(field.config("judged", rounds=1, strategy=stack, tolerance=0.1))
+    (judged,) = complete(field, run)
+    assert feddf(judged).state == "skipped"
+    assert f"validation accuracy fell by {100 * fall:.2f} points" in feddf(judged).reason
+    assert judged.model == plain[0].model  # to the bit the average
+    raw = {k: v for k, v in judged.scores.items() if "calibrated" not in k}
+    assert raw == plain[0].scores
+    assert judged.scores["val_calibrated.accuracy"] == plain[0].scores["val.accuracy"]
+    told = watched(field, run)
+    assert told.returncode not in (0, 75)
+    assert "feddf was skipped: validation accuracy fell" in " ".join(told.stderr.split())
+
+    field.clear()
+    run = federation.launch(field.config("tolerated", rounds=1, strategy=stack, tolerance=0.1))
+    (tolerated,) = complete(field, run)
+    assert feddf(tolerated).state == "done"
+    assert tolerated.model != plain[0].model
+    assert watched(field, run).returncode == 0

@@ -75,6 +75,9 @@ class Strategy(BaseModel):
         wire_codec: Whether it sets ``Update.blocks`` and has ``decode`` (at most one per stack).
         absolute_weights: The sum of the weights that its ``weigh`` gives means something (a
             step that is longer or shorter than the mean), so they are used as they are.
+        blends_labels: After its ``batch`` a sample belongs to several classes, so that
+            ``step.targets`` alone is no longer the truth: nothing that reads labels while it
+            trains may stand in one stack with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,6 +90,7 @@ class Strategy(BaseModel):
     degenerate: ClassVar[Mapping[str, Any] | None] = None
     wire_codec: ClassVar[bool] = False
     absolute_weights: ClassVar[bool] = False
+    blends_labels: ClassVar[bool] = False
 
     # -- orchestrator, once ------------------------------------------------------------------
 
@@ -133,8 +137,15 @@ class Strategy(BaseModel):
     def batch(self, step: Step) -> None:
         """Change ``step.inputs`` and ``step.targets`` (augmentation)."""
 
+    def loss(self, step: Step) -> Tensor:
+        """The loss of the outputs against the targets, in place of the task's; at most one per stack.
+
+        What only adds a term to the loss, whichever it is, does so in ``objective``.
+        """
+        return step.task.loss(step.outputs, step.targets)
+
     def objective(self, loss: Tensor, step: Step, state: dict[str, Tensor]) -> Tensor:
-        """The local loss; ``step.outputs`` is there."""
+        """The local loss: what comes before it, and a term of its own; ``step.outputs`` is there."""
         return loss
 
     def after_step(self, step: Step, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +241,7 @@ class Strategy(BaseModel):
 
 HOOKS = (
     "init_state", "init_memo", "plan", "build", "placement", "groups", "adopt", "batch",
-    "objective", "after_step", "local_step", "encode", "decode", "weigh", "reduce", "step",
+    "loss", "objective", "after_step", "local_step", "encode", "decode", "weigh", "reduce", "step",
     "refine", "evaluate", "calibrate", "transform", "export",
 )  # fmt: skip
 """All hooks, in the order in which a round meets them."""

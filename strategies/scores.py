@@ -60,12 +60,23 @@ def flatten(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (n, classes, …) and targets (n, …) as (samples, classes) and (samples,).
 
     Positions are samples of their own, and negative targets (ignored positions) are left out.
+    Gradients pass.
     """
     classes = outputs.shape[1]
-    logits = outputs.detach().movedim(1, -1).reshape(-1, classes)
-    flat = targets.detach().reshape(-1)
+    logits = outputs.movedim(1, -1).reshape(-1, classes)
+    flat = targets.reshape(-1)
     kept = flat >= 0
     return logits[kept], flat[kept]
+
+
+def rows(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Logits (n, classes, …) as (samples, classes) of any task that has them.
+
+    For what reads no labels; still, a classifier's ignored positions are left out.
+    """
+    if is_classification(task):
+        return flatten(outputs, targets)[0]
+    return outputs.movedim(1, -1).reshape(-1, outputs.shape[1])
 
 
 def sums(outputs: Tensor, targets: Tensor) -> Sums:
@@ -74,7 +85,7 @@ def sums(outputs: Tensor, targets: Tensor) -> Sums:
     Returns:
         n, correct, nll, brier: scalars; bins: (3, 15), rows count, sum of confidence, number correct.
     """
-    logits, truth = flatten(outputs, targets)
+    logits, truth = flatten(outputs.detach(), targets)
     log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
     p = log_p.exp()
     confidence, predicted = p.max(dim=1)

@@ -20,7 +20,7 @@ from protos.errors import ComputeFailed, ConfigInvalid
 from protos.manifest import Kind, Manifest, Placement, TensorSpec, Tile
 from protos.plan import Plan, StrategyChoice
 from strategies.context import Calibration, Cohort, Draft, Memo, Moment, Step, Tensors, Update
-from strategies.protocol import Strategy
+from strategies.protocol import Need, Strategy
 from strategies.registry import make
 from strategies.task import Task
 
@@ -36,8 +36,8 @@ class Stack:
 
     Raises:
         ConfigInvalid: A name is unknown, a hyperparameter is wrong, a strategy stands twice, or two
-            of them claim what only one may own (reduce, local_step, wire codec, calibration map),
-            or one that changes the model has a phase.
+            of them claim what only one may own (reduce, the loss, wire codec, calibration map),
+            one reads labels that another blends, or one that changes the model has a phase.
     """
 
     def __init__(self, choices: Sequence[StrategyChoice]) -> None:
@@ -49,13 +49,22 @@ class Stack:
                 raise ConfigInvalid(f"strategy: {name} stands twice", key="strategy", name=name)
         for what, owners in (
             ("reduce", self._owners("reduce")),
-            ("local_step", self._owners("local_step")),
+            # Who owns the step has its own losses: beside it, another's would never be asked.
+            ("the loss", [s.name for s in self.strategies if owns_loss(type(s))]),
             ("a calibration map", self._owners("calibrate")),
             ("a wire codec", [s.name for s in self.strategies if s.wire_codec]),
         ):
             if len(owners) > 1:
                 raise ConfigInvalid(
                     f"strategy: only one may own {what}, but {' and '.join(owners)} do; remove one",
+                    key="strategy",
+                )
+        for blender in (s.name for s in self.strategies if s.blends_labels):
+            readers = [s.name for s in self.strategies if trains_on_labels(type(s))]
+            if readers:
+                raise ConfigInvalid(
+                    f"strategy: {blender} blends the labels that {' and '.join(readers)} would read; "
+                    "remove one",
                     key="strategy",
                 )
         for choice, strategy in zip(self.choices, self.strategies, strict=True):
@@ -116,7 +125,21 @@ class Stack:
     # -- model --------------------------------------------------------------------------------
 
     def build(self, task: Task) -> nn.Module:
-        """The task's model after all ``build`` hooks."""
+        """The task's model after all ``build`` hooks.
+
+        Raises:
+            ConfigInvalid: A strategy needs what the task does not have.
+        """
+        for strategy in self.strategies:
+            lacking = strategy.needs & lacked_by(task)
+            if lacking:
+                raise ConfigInvalid(
+                    f"strategy {strategy.name}: it needs {' and '.join(sorted(lacking))}, which the "
+                    f"task {type(task).__name__} does not have (its features: "
+                    f"{', '.join(sorted(task.features)) or 'none'}); remove the strategy, or say in "
+                    "Task.features, Task.embedding what the task has",
+                    key="strategy",
+                )
         model = task.model()
         for strategy in self.strategies:
             model = strategy.build(model, task)
@@ -146,6 +169,11 @@ class Stack:
         """All ``batch`` hooks in order."""
         for s in self.strategies:
             s.batch(step)
+
+    def loss(self, step: Step) -> Tensor:
+        """The loss of the one strategy that owns it, or the task's."""
+        owner = self.owner("loss")
+        return step.task.loss(step.outputs, step.targets) if owner is None else owner.loss(step)
 
     def objective(self, loss: Tensor, step: Step, state: State) -> Tensor:
         """All ``objective`` hooks in order."""
@@ -271,6 +299,28 @@ class Stack:
         for s in self.strategies:
             model = s.export(model)
         return model
+
+
+def owns_loss(strategy: type[Strategy]) -> bool:
+    """Whether a strategy decides by itself what is minimised on a batch."""
+    return strategy.overrides("loss") or strategy.overrides("local_step")
+
+
+def trains_on_labels(strategy: type[Strategy]) -> bool:
+    """Whether a strategy reads class labels in a training step."""
+    hooks = ("batch", "loss", "objective", "after_step", "local_step")
+    return "labels" in strategy.needs and any(strategy.overrides(h) for h in hooks)
+
+
+def lacked_by(task: Task) -> frozenset[Need]:
+    """Which needs of strategies a task says that it can't meet."""
+    classifies = "classification" in task.features
+    there: dict[Need, bool] = {
+        "labels": classifies,
+        "logits": classifies or "logits" in task.features,
+        "embedding": bool(task.embedding),
+    }
+    return frozenset(need for need, met in there.items() if not met)
 
 
 def describe(

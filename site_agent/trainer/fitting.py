@@ -261,8 +261,7 @@ def _step(work: Workload, plan: Plan, step: Step, state: State) -> Tensor:
     with work.device.autocast():
         step.outputs = work.task.forward(work.model, step.inputs)
     step.outputs = widened(step.outputs)
-    loss = work.task.loss(step.outputs, step.targets)
-    loss = work.stack.objective(loss, step, state)
+    loss = work.stack.objective(work.stack.loss(step), step, state)
     for group in step.optimizer.param_groups:  # as zero_grad does, without what torch wraps it in
         for parameter in group["params"]:
             parameter.grad = None

@@ -234,7 +234,7 @@ class LittleFederation:
                 _, state = stack.local_step(step, state)
             else:
                 step.outputs = task.forward(model, step.inputs)
-                loss = stack.objective(task.loss(step.outputs, step.targets), step, state)
+                loss = stack.objective(stack.loss(step), step, state)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

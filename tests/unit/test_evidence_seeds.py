@@ -76,7 +76,9 @@ def test_a_row_that_falls_short_says_what(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Answers, "table", {**PROTOTYPE, "iid-elr": 92.5})
-    assert evidence_seeds.main(["--seeds", "1", "--out", str(tmp_path / "e.md")]) == 1
+    assert (
+        evidence_seeds.main(["--rows", "5", "--seeds", "1", "--out", str(tmp_path / "e.md")]) == 1
+    )
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "row 5 co_learning: fell short: CLR over ELR: -0.4 < 0.5"
 

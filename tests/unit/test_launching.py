@@ -99,6 +99,18 @@ REFUSALS: list[tuple[str, type[FarflungError], str, dict[str, Any]]] = [
         {},
     ),
     (
+        LEAST + "[[strategy]]\nname = 'focal'\n[[strategy]]\nname = 'mixup'",
+        ConfigInvalid,
+        "only one may own the loss, but focal and mixup do; remove one",
+        {},
+    ),
+    (
+        LEAST + "[[strategy]]\nname = 'rank_mixup'\n[[strategy]]\nname = 'mixup'",
+        ConfigInvalid,
+        "mixup blends the labels that rank_mixup would read; remove one",
+        {},
+    ),
+    (
         'init = { from = "site:west" }\n' + LEAST,
         NotFound,
         "init.from: no site west is enrolled",

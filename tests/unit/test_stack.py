@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from protos.errors import ComputeFailed, ConfigInvalid
 from protos.manifest import Manifest, TensorSpec
@@ -152,6 +154,60 @@ def test_one_owner_each() -> None:
     assert stack.needs == {"our training loop", "individual updates"}
     with pytest.raises(ConfigInvalid, match="no wire codec"):
         stack.decode(b"", Manifest((TensorSpec("w", (1,), "float32"),)).tiles[0])
+
+
+@pytest.mark.parametrize("other", ["label_smoothing", "mixup", "test_two_optimizers"])
+def test_one_owner_of_the_loss(other: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"only one may own the loss, but focal and {other} do"):
+        Stack([choice("focal"), choice(other)])
+
+
+def test_what_reads_labels_does_not_stand_beside_what_blends_them() -> None:
+    for names in (("mixup", "rank_mixup"), ("rank_mixup", "mixup")):
+        with pytest.raises(
+            ConfigInvalid, match="mixup blends the labels that rank_mixup would read"
+        ):
+            Stack([choice(name) for name in names])
+    # Labels are read after the training, or not at all.
+    Stack([choice("mixup"), choice("acls"), choice("mbls"), choice("temperature")])
+
+
+def test_terms_are_added_to_the_loss_that_is_owned_wherever_they_stand() -> None:
+    found = []
+    for names in (("label_smoothing", "acls"), ("acls", "label_smoothing")):
+        stack = Stack([choice(n, **({"margin": 0.1} if n == "acls" else {})) for n in names])
+        step: Any = SimpleNamespace(
+            task=LittleTask(),
+            outputs=torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]]),
+            targets=torch.tensor([0, 2]),
+        )
+        found.append(stack.objective(stack.loss(step), step, {}))
+    owned = F.cross_entropy(step.outputs, step.targets, label_smoothing=0.05)
+    penalty = stack.strategies[0].penalty(step.outputs)  # type: ignore[attr-defined]
+    assert float(penalty) > 0
+    torch.testing.assert_close(found, [owned + 0.1 * penalty] * 2)
+
+
+class Regression(LittleTask):
+    features = frozenset()
+
+
+class LogitsOnly(LittleTask):
+    features = frozenset({"logits"})
+    embedding = ""
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "lacking"),
+    [(Regression, "focal", "labels and logits"), (Regression, "acls", "logits"),
+     (LogitsOnly, "focal", "labels"), (LogitsOnly, "test_disagreement", "embedding and labels")],
+)  # fmt: skip
+def test_a_task_that_lacks_what_a_strategy_needs(
+    task: type[LittleTask], name: str, lacking: str
+) -> None:
+    with pytest.raises(ConfigInvalid, match=f"strategy {name}: it needs {lacking}, which the task"):
+        Stack([choice(name)]).build(task())
+    Stack([choice("mixup"), choice("fedprox")]).build(task())
 
 
 def test_the_order_is_that_of_the_run_file() -> None:

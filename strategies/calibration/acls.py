@@ -1,0 +1,85 @@
+"""ACLS: label smoothing that acts where confidence is too high, and as much as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from strategies import scores
+from strategies.context import Step
+from strategies.protocol import Family, Need, Strategy
+
+
+class ACLS(Strategy):
+    """Adaptive and conditional label smoothing: quadratic penalties beyond a margin.
+
+    With f the logits of a sample over C classes, top = argmax_k f_k (the *predicted* class), M the
+    margin, [x] = max(0, x), sg the stop-gradient, i a sample of n::
+
+        R = positive_weight * 1 / n          * sum_i           [height_i]^2
+          + negative_weight * 1 / (n (C-1))  * sum_i sum_{j != top} [sg(f_top) - f_j - M]^2
+
+        height = f_top - M                  positive = "logit"
+                 f_top - min_k f_k - M      positive = "range"
+
+        loss + weight * R
+
+    The first term lowers a top logit that is too high. The second lifts those that lie too far
+    below it, and only those: the stop-gradient keeps it off the top logit. Both act in proportion
+    to the excess (adaptive), and not at all within the margin (conditional). The margin decides: it
+    is a logit, so the right one depends on task and model, and is chosen on validation data.
+
+    It reads no labels. Outputs (n, classes, …) may have further dimensions: positions are samples,
+    and a classifier's with a negative target are left out.
+
+    Degenerate case: ``weight = 0`` adds nothing.
+
+    Departures: the default is the released form, which has no minimum in the first term; the
+    paper's equations have it (``positive = "range"``). The products weight * positive_weight = 0.1
+    and weight * negative_weight = 0.01 are those of both.
+
+    Attributes:
+        weight: Of R, >= 0 (alpha in the code of the paper).
+        positive_weight: Of the term for the predicted class, >= 0.
+        negative_weight: Of the term for the others, >= 0.
+        margin: M, >= 0, in logits.
+        positive: What the margin is compared with in the first term: the top logit as it is
+            ("logit", as released) or its height over the lowest ("range", as in the paper).
+    """
+
+    name: ClassVar[str] = "acls"
+    family: ClassVar[Family] = "calibration"
+    summary: ClassVar[str] = "Smooths only what is over-confident, in proportion to the excess."
+    paper: ClassVar[str] = (
+        "Park, Noh, Oh, Baek, Ham: ACLS: Adaptive and Conditional Label Smoothing for Network "
+        "Calibration, ICCV 2023, arXiv:2308.11911"
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits", "our training loop"})
+    degenerate: ClassVar[Mapping[str, Any]] = {"weight": 0.0}
+
+    weight: float = Field(0.1, ge=0)
+    positive_weight: float = Field(1.0, ge=0)
+    negative_weight: float = Field(0.1, ge=0)
+    margin: float = Field(10.0, ge=0)
+    positive: Literal["logit", "range"] = "logit"
+
+    def objective(self, loss: Tensor, step: Step, state: dict[str, Tensor]) -> Tensor:
+        """Add the penalty."""
+        if self.weight == 0:
+            return loss
+        return loss + self.weight * self.penalty(scores.rows(step.task, step.outputs, step.targets))
+
+    def penalty(self, logits: Tensor) -> Tensor:
+        """R of logits (n, C), a scalar."""
+        n, classes = logits.shape
+        top = logits.max(dim=1).values  # and not amax: of equal ones, one alone is moved
+        height = top if self.positive == "logit" else top - logits.min(dim=1).values
+        positive = F.relu(height - self.margin).square().mean()
+        # The predicted class itself is -M below: nothing, and no gradient.
+        excess = F.relu(top.detach()[:, None] - logits - self.margin)
+        negative = excess.square().sum() / (n * (classes - 1))
+        return self.positive_weight * positive + self.negative_weight * negative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,10 +52,10 @@ def complete(field: Field, run: str) -> list[Round]:
     return rounds
 
 
-def watched(field: Field, run: str) -> subprocess.CompletedProcess[str]:
+def farflung(field: Field, *words: str) -> subprocess.CompletedProcess[str]:
     home = str(field.federation.home.path)
-    words = [*program("farflung", "orchestrator.cli"), "watch", run, "--home", home]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    command = [*program("farflung", "orchestrator.cli"), *words, "--home", home]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_it_is_stopped_and_named_and_everything_goes_on(
     assert feddf(rounds[0]).state == "skipped"
     assert words in feddf(rounds[0]).reason, feddf(rounds[0]).reason
     assert rounds[0].scores["test.accuracy"] > 0
-    told = watched(field, run)
+    told = farflung(field, "watch", run)
     assert told.returncode not in (0, 75)  # no site was missing, but something was
     assert words in " ".join((told.stdout + told.stderr).split())
 
@@ -124,6 +125,13 @@ def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(
     assert feddf(unjudged[0]).state == "done"
     fall = plain[0].scores["val.accuracy"] - unjudged[0].scores["val.accuracy"]
     assert fall > 0.2
+    compared = farflung(field, "compare", "plain", "unjudged", "--json")
+    document = json.loads(compared.stdout)
+    first, second = document["arms"]
+    assert first["scores"]["accuracy"]["mean"] == plain[0].scores["test.accuracy"]
+    lost = plain[0].scores["test.accuracy"] - unjudged[0].scores["test.accuracy"]
+    assert second["against"]["accuracy"]["mean"] == pytest.approx(-lost)
+    assert second["differs"]["strategy"] == ["feddf", "temperature"]
 
     run = federation.launch(field.config("judged", rounds=1, strategy=stack, tolerance=0.1))
     (judged,) = complete(field, run)
@@ -133,7 +141,7 @@ def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(
     raw = {k: v for k, v in judged.scores.items() if "calibrated" not in k}
     assert raw == plain[0].scores
     assert judged.scores["val_calibrated.accuracy"] == plain[0].scores["val.accuracy"]
-    told = watched(field, run)
+    told = farflung(field, "watch", run)
     assert told.returncode not in (0, 75)
     assert "feddf was skipped: validation accuracy fell" in " ".join(told.stderr.split())
 
@@ -142,4 +150,4 @@ def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(
     (tolerated,) = complete(field, run)
     assert feddf(tolerated).state == "done"
     assert tolerated.model != plain[0].model
-    assert watched(field, run).returncode == 0
+    assert farflung(field, "watch", run).returncode == 0

@@ -53,7 +53,7 @@ def test_every_command_of_the_manual_is_there() -> None:
     assert {name for name, _ in commands()} == {
         "init", "serve", "invite", "revoke", "sites", "launch", "runs", "rounds", "watch", "stop",
         "extend", "export", "gc", "strategies", "doctor", "demo", "bench exchange", "bench rounds",
-        "bench codec", "bench reduce",
+        "bench codec", "bench reduce", "compare",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from typing import Any
@@ -47,13 +48,13 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
                 "type": _type(field.annotation),
                 "default": None
                 if field.is_required()
-                else field.get_default(call_default_factory=True),
+                else _plain(field.get_default(call_default_factory=True)),
                 "constraints": _constraints(field.metadata),
                 "doc": about.get(name, ""),
             }
             for name, field in cls.model_fields.items()
         ],
-        "degenerate": None if cls.degenerate is None else dict(cls.degenerate),
+        "degenerate": None if cls.degenerate is None else _plain(dict(cls.degenerate)),
         "check": check,
         "doc": doc,
     }
@@ -62,6 +63,11 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
 def listing() -> list[dict[str, Any]]:
     """`describe` of every strategy in the catalogue, sorted by name."""
     return [describe(cls) for cls in catalogue().values()]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: a list for a tuple."""
+    return json.loads(json.dumps(value))
 
 
 def _type(annotation: Any) -> str:

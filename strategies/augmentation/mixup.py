@@ -61,7 +61,7 @@ class Mixup(Strategy):
         """The task's loss against both targets."""
         if self.alpha == 0:
             return step.task.loss(step.outputs, step.targets)
-        mixture: Mixture = step.scratch.pop(self.name)
+        mixture: Mixture = step.scratch[self.name]
         first = step.task.loss(step.outputs, step.targets)
         second = step.task.loss(step.outputs, step.targets[mixture.partner.to(step.targets.device)])
         return mixture.share * first + (1 - mixture.share) * second

@@ -117,6 +117,13 @@ class Task:
         """
         return None
 
+    def teacher(self) -> nn.Module | None:
+        """A frozen model that maps inputs to embeddings (batch, features), for SEED. None: there is none.
+
+        Its weights count where the first base comes from; elsewhere any of the same shapes will do.
+        """
+        return None
+
     def placement(self) -> Mapping[str, str]:
         """Where tensors live, by name pattern (fnmatch): shared, site, orchestrator or frozen."""
         return {}

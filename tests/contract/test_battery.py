@@ -37,10 +37,13 @@ EVERY = {**OURS, **{cls.name: cls for cls in strategies_for_tests.ALL}}
 # Hyperparameters with which a method does something in rounds as small as those here.
 BRISK: dict[str, dict[str, Any]] = {
     "acls": {"margin": 0.1},
+    "clsa": {"levels": ["0"]},
     "co_learning": {"epsilon": 1.0, "max_epochs": 4},
     "feddf": {"steps": 6, "batch_size": 8},
     "fedavgm": {"momentum": 0.5},
     "mbls": {"margin": 0.1},
+    "one": {"ramp": 0.0},
+    "seed": {"queue": 32},
     "self_distillation": {"start": 1, "ramp": 1},
     "temperature": {"points": 16},
     "top_k": {"fraction": 0.3},
@@ -294,6 +297,8 @@ def fitting_pairs() -> Iterator[tuple[str, str]]:
             continue
         if any(x.blends_labels and trains_on_labels(y) for x, y in ((one, other), (other, one))):
             continue
+        if {a, b} == {"seed", "test_own_normalisation"}:
+            continue  # one resets a tensor by name, and the other puts its layer into a graft
         if a in OURS or b in OURS:
             yield a, b
 

@@ -59,6 +59,9 @@ class LittleTask(Task):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
 
+    def teacher(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 12), nn.BatchNorm1d(12))
+
     def train_data(self) -> Dataset[Any]:
         return samples(100 + self.site, 16 + 8 * self.site, self.site)
 

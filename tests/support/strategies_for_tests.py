@@ -168,7 +168,7 @@ class ByGroup(Strategy):
     on: bool = True
 
     def groups(self) -> Mapping[str, str]:
-        return {"2.weight": "head", "2.bias": "idle"} if self.on else {}
+        return {"2.*weight": "head", "2.*bias": "idle"} if self.on else {}
 
     def weigh(self, weights: Tensor, cohort: Cohort) -> Tensor:
         if not self.on:

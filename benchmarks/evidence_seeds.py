@@ -4,7 +4,8 @@
 
 For every row each arm is one run a seed, all in one federation. The last lines are one a row,
 ``row 5 co_learning: holds`` or what fell short; the exit code is 1 if any did. The tables go into
-docs/evidence.md, between the marks of their row, whatever they show.
+docs/evidence.md, between the marks of their row, whatever they show, and the figures to
+strategies/measured, where `farflung strategies NAME` finds them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strategies.row import Row, Scores, Seed, rows
+from strategies.row import FIGURES, Measured, Row, Scores, Seed, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / "docs/evidence.md"
@@ -141,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (5)")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
     options = parser.parse_args(arguments)
+    figures = FIGURES if options.out == EVIDENCE else options.out.parent / FIGURES.name
     verdicts, failed = [], False
     for row in chosen(options.rows, rows()):
         seeds = run_row(row, options.seeds)
@@ -150,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = options.out.read_text(encoding="utf-8") if options.out.exists() else HEAD
         part = table(row, seeds, short)
         options.out.write_text(written(document, row.number, part), encoding="utf-8")
+        Measured.of(row, seeds, short).write(row.number, figures)
         print("\n" + part + "\n", flush=True)
     print("\n".join(verdicts))
     return int(failed)

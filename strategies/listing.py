@@ -10,7 +10,7 @@ from typing import Any
 
 from strategies.protocol import Strategy
 from strategies.registry import catalogue
-from strategies.row import Row
+from strategies.row import Measured, Row
 
 _COMPARISONS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -21,19 +21,22 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
     Returns:
         JSON: name, summary, family, paper, hooks, needs, fields (name, type, default,
         constraints, doc), degenerate (the hyperparameters that switch it off, or None), check (its
-        row: number, claim, control, data, reproduced; or None), doc.
+        row: number, claim, control, data, reproduced, measured (what `make evidence-seeds` wrote
+        of this very row, or None); or None), doc.
     """
     doc = inspect.cleandoc(cls.__doc__ or "")
     about = _attributes(doc)
     row = getattr(sys.modules[cls.__module__], "ROW", None)
     check = None
     if isinstance(row, Row) and row.method == cls.name:
+        measured = Measured.read(row)
         check = {
             "row": row.number,
             "claim": row.claim,
             "control": row.control,
             "data": row.data,
             "reproduced": row.reproduced,
+            "measured": None if measured is None else measured._asdict(),
         }
     return {
         "name": cls.name,

@@ -8,11 +8,15 @@ asks `Row.holds` about the scores.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 import strategies
+from protos.digest import canonical, digest
 
 Scores = Mapping[str, float]
 """Scores of one run by name ("test.accuracy", "test.ece", …), with "exchanges" and "wire_bytes"."""
@@ -62,6 +66,13 @@ class Row(NamedTuple):
     holds: Callable[[Sequence[Seed]], list[str]]
     reproduced: Literal["yes", "partly", "no"]
 
+    @property
+    def digest(self) -> str:
+        """Of what is run: figures that were measured with another one are of another row."""
+        document = {**self._asdict(), "holds": None, "claim": None, "reproduced": None}
+        document["sites"] = [[site.name, dict(site.settings)] for site in self.sites]
+        return digest(canonical(document))
+
     def config(self, arm: str, seed: int) -> dict[str, Any]:
         """The run file of an arm: the common keys, its own laid over them, and the seed.
 
@@ -71,6 +82,55 @@ class Row(NamedTuple):
         name = f"row-{self.number}-{arm}-seed-{seed}"
         out = merged(dict(self.run), self.arms[arm])
         return merged(out, {"name": name, "seed": seed, "task": {"params": {"seed": seed}}})
+
+
+FIGURES = Path(strategies.__file__).parent / "measured"
+"""A file for each row that was run, ``NUMBER.json``; `Measured` says what is in it."""
+
+
+class Measured(NamedTuple):
+    """What a row came to when it was last run.
+
+    Attributes:
+        digest: Of the row that was run.
+        seeds: How many.
+        arms: For each arm the mean and the standard deviation over the seeds, by score.
+        short: What did not hold.
+    """
+
+    digest: str
+    seeds: int
+    arms: Mapping[str, Mapping[str, tuple[float, float]]]
+    short: Sequence[str]
+
+    @classmethod
+    def of(cls, row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> Measured:
+        """The figures of a run of all seeds."""
+        arms: dict[str, dict[str, tuple[float, float]]] = {}
+        for arm in row.arms:
+            names = set[str].intersection(*(set(seed[arm]) for seed in seeds))
+            values = {name: [seed[arm][name] for seed in seeds] for name in sorted(names)}
+            arms[arm] = {
+                name: (fmean(v), stdev(v) if len(v) > 1 else 0.0)
+                for name, v in values.items()
+                if name.startswith(("test", "val"))
+            }
+        return cls(row.digest, len(seeds), arms, tuple(short))
+
+    def write(self, number: int, folder: Path) -> None:
+        """Into the file of a row."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._asdict(), indent=1)
+        (folder / f"{number}.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, row: Row, folder: Path = FIGURES) -> Measured | None:
+        """The figures of a row; None if there are none, or if they are of a row since changed."""
+        try:
+            found = cls(**json.loads((folder / f"{row.number}.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        return found if found.digest == row.digest else None
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

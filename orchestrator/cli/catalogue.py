@@ -94,10 +94,62 @@ def _explain(facts: dict[str, Any]) -> None:
         value = facts[title]
         if value:
             say(f"{title}: {value if isinstance(value, str) else ', '.join(value)}")
-    if facts["check"]:
-        say(f"claim: {facts['check']['claim']} Reproduced: {facts['check']['reproduced']}.")
+    if facts["degenerate"] is not None:
+        off = ", ".join(f"{key} = {literal(v)}" for key, v in facts["degenerate"].items())
+        say(f"switched off, to the bit, by: {off or 'nothing: it only looks'}")
+    _say_evidence(facts["check"])
     say("", "In a run file:", "", "[[strategy]]", f'name = "{facts["name"]}"')
     for field in facts["fields"]:
         if field["default"] is not None:
             bounds = f"   # {field['constraints']}" if field["constraints"] else ""
             say(f"{field['name']} = {literal(field['default'])}{bounds}")
+
+
+SHOWN = {
+    "accuracy %": ("test.accuracy", 100, 2),
+    "NLL": ("test.nll", 1, 3),
+    "ECE %": ("test.ece", 100, 2),
+    "ECE calibrated %": ("test_calibrated.ece", 100, 2),
+}
+"""Columns of the measured figures: score, scale, digits."""
+
+
+def _say_evidence(check: dict[str, Any] | None) -> None:
+    """The claim that stands beside the method, and what its row came to."""
+    if check is None:
+        say("", "No row: what it does was not measured against a control.")
+        return
+    say("", f"Claim (row {check['row']}): {check['claim']}", f"Control: {check['control']}.")
+    measured = check["measured"]
+    if measured is None:
+        say(
+            f"Data: {check['data']}. Reproduced: {check['reproduced']}; no figures of this row as it is"
+        )
+        say(f"now: `make evidence-seeds ROWS={check['row']}` in a clone measures them.")
+        return
+    from rich.table import Table
+
+    say(f"Data: {check['data']}, {measured['seeds']} seeds. Reproduced: {check['reproduced']}.", "")
+    columns = {
+        title: how
+        for title, how in SHOWN.items()
+        if any(how[0] in scores for scores in measured["arms"].values())
+    }
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("measured")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for arm, scores in measured["arms"].items():
+        cells = []
+        for name, scale, digits in columns.values():
+            mean, deviation = scores.get(name, (None, None))
+            known = mean is not None and deviation is not None
+            cells.append(
+                f"{scale * mean:.{digits}f} ± {scale * deviation:.{digits}f}" if known else "–"
+            )
+        table.add_row(arm, *cells)
+    say(
+        table,
+        "",
+        "Fell short: " + "; ".join(measured["short"]) if measured["short"] else "All bars hold.",
+    )

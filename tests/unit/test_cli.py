@@ -297,3 +297,36 @@ def test_the_shell_completes_names_from_the_daemon(home: Path) -> None:
     assert options.complete_start(context, "fa") == ["fashion@best"]
     context.params = {"home": home / "nothing"}
     assert options.complete_run(context, "") == []
+
+
+def test_a_strategy_is_explained_with_what_was_measured(
+    farflung: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from strategies import row
+    from strategies.averaging.co_learning import ROW
+
+    monkeypatch.setattr(row.Measured.read.__func__, "__defaults__", (tmp_path,))
+    assert farflung("strategies", "co_learning") == 0
+    said = capsys.readouterr().out
+    for words in (
+        "lr(u) = lr * decay ** u", "arXiv:1810.06877", "hooks: plan",
+        "switched off, to the bit, by: decay = 1.0, factor = 1.0",
+        "Averaging works for deep nets", "Control: a rate decayed over the run",
+        "Reproduced: partly; no figures of this row", "make evidence-seeds ROWS=5",
+        "epsilon = 0.01   # >= 0",
+    ):  # fmt: skip
+        assert words in said
+    scores = {"test.accuracy": 0.925, "test.ece": 0.0312, "seconds": 3.0}
+    seeds = [dict.fromkeys(ROW.arms, scores), dict.fromkeys(ROW.arms, scores)]
+    row.Measured.of(ROW, seeds, ["CLR over ELR: 0 < 0.5"]).write(5, tmp_path)
+    assert farflung("strategies", "co_learning") == 0
+    said = capsys.readouterr().out
+    assert "Data: M5, 2 seeds." in said
+    assert "92.50 ± 0.00" in said
+    assert "Fell short: CLR over ELR: 0 < 0.5" in said
+    assert farflung("strategies", "co_learning", "--json") == 0
+    check = json.loads(capsys.readouterr().out)["check"]
+    assert check["measured"]["arms"]["iid-clr"]["test.accuracy"] == [0.925, 0.0]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import evidence_seeds
 from strategies.averaging.co_learning import ROW
-from strategies.row import merged
+from strategies.row import Measured, merged
 
 # What the catalogue's prototype measured, so that the bars are known to be reachable.
 PROTOTYPE = {
@@ -68,6 +68,12 @@ def test_every_arm_of_every_seed_is_run_and_written(
     text = out.read_text()
     assert "| iid-clr | 92.10 | 0.300 | - | 8 | 1.00 | 2 |" in text
     assert "All bars hold." in text
+    known = Measured.read(ROW, tmp_path / "measured")
+    assert known is not None
+    assert (known.seeds, known.short) == (2, [])
+    assert known.arms["iid-clr"]["test.accuracy"] == [pytest.approx(0.921), 0.0]
+    other = ROW._replace(run={**ROW.run, "rounds": 99})
+    assert Measured.read(other, tmp_path / "measured") is None, "they are another row's figures"
     evidence_seeds.main(["--rows", "5", "--seeds", "1", "--out", str(out)])
     assert out.read_text().count("## Row 5") == 1
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.row import FIGURES, Measured, Row, Scores, Seed, rows
 
@@ -52,9 +52,13 @@ def run_seed(row: Row, seed: int, launch: Launch) -> Seed:
     out: dict[str, Scores] = {}
     for arm in row.arms:
         out[arm] = measured(launch(row.config(arm, seed)))
-        accuracy = out[arm].get("test.accuracy", float("nan"))
+        shown = [
+            f"{column.score.removeprefix('test.')} {out[arm][column.score]:.4f}"
+            for column in _columns(set(out[arm]))
+            if column.score.startswith("test.") and column.score in out[arm]
+        ]
         took = out[arm]["seconds"]
-        print(f"row {row.number} seed {seed} {arm}: {accuracy:.4f} [{took:.0f} s]", flush=True)
+        print(f"row {row.number} seed {seed} {arm}: {', '.join(shown)} [{took:.0f} s]", flush=True)
     return out
 
 
@@ -72,27 +76,53 @@ def run_row(row: Row, seeds: int) -> list[Seed]:
 
 def table(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
     """The row's part of docs/evidence.md."""
+    columns = _columns({name for seed in seeds for arm in row.arms for name in seed[arm]})
     lines = [
         f"## Row {row.number}: {row.method}",
         "",
         f"Claim: {row.claim} Control: {row.control}. Data: {row.data}, {len(seeds)} seeds.",
         f"Reproduced: {row.reproduced}.",
         "",
-        "| arm | accuracy % | NLL | ECE | exchanges | MB | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| arm | " + " | ".join(column.title for column in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
     ]
     for arm in row.arms:
-        cells = [
-            _spread(seeds, arm, "test.accuracy", 100, 2),
-            _spread(seeds, arm, "test.nll", 1, 3),
-            _spread(seeds, arm, "test.ece", 1, 3),
-            _spread(seeds, arm, "exchanges", 1, 0),
-            _spread(seeds, arm, "wire_bytes", 1e-6, 2),
-            _spread(seeds, arm, "seconds", 1, 0),
-        ]
+        cells = [_spread(seeds, arm, c.score, c.scale, c.digits) for c in columns]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."]
     return "\n".join(lines)
+
+
+class Column(NamedTuple):
+    """A column of a table: a score, by what it is multiplied, and its decimals."""
+
+    title: str
+    score: str
+    scale: float
+    digits: int
+
+
+_SCORES = (
+    Column("accuracy %", "test.accuracy", 100, 2),
+    Column("NLL", "test.nll", 1, 3),
+    Column("ECE", "test.ece", 1, 3),
+)
+_COSTS = (
+    Column("exchanges", "exchanges", 1, 0),
+    Column("MB", "wire_bytes", 1e-6, 2),
+    Column("seconds", "seconds", 1, 0),
+)
+_UNSEEN = {"test.brier", "test.loss"}
+
+
+def _columns(found: set[str]) -> list[Column]:
+    """The usual columns (scores only of classifiers), and one for each metric of the task's own."""
+    usual = _SCORES if "test.accuracy" in found else ()
+    own = sorted(
+        name for name in found - _UNSEEN - {c.score for c in usual} if name.startswith("test.")
+    )
+    metrics = [Column(f"{name.removeprefix('test.')} %", name, 100, 2) for name in own]
+    return [*usual, *metrics, *_COSTS]
 
 
 def _spread(seeds: Sequence[Seed], arm: str, score: str, scale: float, digits: int) -> str:

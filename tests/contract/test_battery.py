@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -343,5 +344,5 @@ def test_a_row_can_be_run_and_can_fail(number: int) -> None:
         assert set(config["cohort"]["sites"]) <= sites
         for entry in config["strategy"]:
             registry.make(entry["name"], {k: v for k, v in entry.items() if k != "name"})
-    nothing = {arm: {"test.accuracy": 0.1, "exchanges": 99.0} for arm in row.arms}
+    nothing = {arm: defaultdict(lambda: 0.1, exchanges=99.0) for arm in row.arms}
     assert row.holds([nothing]), "a row that can't fail shows nothing"

@@ -50,6 +50,14 @@ class Answers:
         )
 
 
+def test_a_task_that_is_no_classifier_has_columns_of_its_own() -> None:
+    costs = {"exchanges": 2.0, "wire_bytes": 3e6, "seconds": 4.0}
+    found = {arm: {"test.map": 0.25, "test.loss": 1.0, **costs} for arm in ROW.arms}
+    text = evidence_seeds.table(ROW, [found], [])
+    assert "| arm | map % | exchanges | MB | seconds |" in text
+    assert "| iid-clr | 25.00 | 2 | 3.00 | 4 |" in text
+
+
 @pytest.fixture(autouse=True)
 def harness(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("benchmarks.harness")

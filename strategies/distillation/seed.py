@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from protos.plan import Plan
 from strategies.context import Step, seeded
 from strategies.distillation.graft import Tap, graft, pooled, width_out
 from strategies.protocol import Family, Need, Strategy
+from strategies.row import Row, Seed, Site, at_least, mean
 from strategies.task import Task
 
 NAME = "seed"
@@ -211,3 +212,51 @@ def enqueue(state: Mapping[str, Tensor], new: Tensor) -> dict[str, Tensor]:
     places = (start + skipped + torch.arange(len(rows), device=queue.device)) % size
     queue[places] = rows
     return {"queue": queue, "next": torch.tensor((start + len(new)) % size)}
+
+
+def _holds(seeds: Sequence[Seed]) -> list[str]:
+    probe = {arm: 100 * mean(seeds, arm, "test.linear_probe") for arm in ROW.arms}
+    out = at_least("SEED over a student by SimCLR, points", probe["seed"] - probe["simclr"], 8.0)
+    out += at_least(
+        "SEED over an untrained student, points", probe["seed"] - probe["untrained"], 8.0
+    )
+    return out
+
+
+ROW = Row(
+    number=23,
+    method=NAME,
+    claim="A small student learns more from a large frozen teacher than from contrasts of its own.",
+    control="the same student by SimCLR, and untrained; embeddings are probed linearly (5 folds, 400 labels)",
+    data="M5",
+    task="views",
+    sites=(
+        *(Site(f"site{k}", {"part": k, "parts": 3}) for k in range(3)),
+        Site("archive", {"lends": True}),
+    ),
+    run={
+        "rounds": 4,
+        "task": {"name": "views"},
+        "init": {"from": "site:archive"},
+        "cohort": {"sites": ["site0", "site1", "site2"], "quorum": "all", "deadline_s": 900.0},
+        "local": {
+            "work": {"epochs": 20},
+            "lr": 0.001,
+            "batch_size": 64,
+            "optimizer": {"name": "adam"},
+        },
+        "assess": {"every": 1000},
+    },
+    arms={
+        "untrained": {
+            "strategy": [],
+            "rounds": 1,
+            "task": {"params": {"views": 1}},
+            "local": {"work": {"epochs": 1}},
+        },
+        "simclr": {"strategy": []},
+        "seed": {"strategy": [{"name": NAME, "queue": 512}], "task": {"params": {"views": 1}}},
+    },
+    holds=_holds,
+    reproduced="yes",
+)

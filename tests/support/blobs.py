@@ -56,8 +56,18 @@ class Blobs(Task):
         switches: str = ""
         hidden: int = 0
 
+    embedding = "first"
+
     def model(self) -> nn.Module:
         return Net(self.settings.hidden or self.params.hidden)
+
+    def teacher(self) -> nn.Module:
+        """Another one at every site, so that only what is fetched makes them agree."""
+        teacher = nn.Linear(FEATURES, 6)
+        draw = torch.Generator().manual_seed(self.settings.part)
+        with torch.no_grad():
+            teacher.weight.copy_(torch.randn(6, FEATURES, generator=draw))
+        return teacher
 
     def _data(self, seed: int, count: int) -> TensorDataset:
         draw = torch.Generator().manual_seed(seed)

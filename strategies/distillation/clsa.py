@@ -163,10 +163,10 @@ ROW = Row(
         "init": {"from": "site:site0"},
         "cohort": {"sites": _SITES, "quorum": "all", "deadline_s": 900.0},
         "local": {
-            "work": {"epochs": 3},
-            "lr": 0.05,
+            "work": {"epochs": 10},
+            "lr": 0.003,
             "batch_size": 32,
-            "optimizer": {"name": "sgd", "momentum": 0.9},
+            "optimizer": {"name": "adam"},
         },
         "assess": {"every": 1000},
     },

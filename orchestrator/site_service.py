@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grpc
 
 from orchestrator import __version__
+from orchestrator.admission import LARGE_BYTES, Admission
 from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.fanout import Fanout
 from orchestrator.home import Home
@@ -173,6 +174,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
                     protocol=PROTOCOL,
                     heartbeat_s=self._heartbeat_s,
                     bulk=self._bulk,
+                    turn_bytes=LARGE_BYTES,
                 )
             )
         )
@@ -240,7 +242,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
     ) -> None:
         self._ledger, self._store = ledger, store
         self._doorkeeper, self._intake, self._recorder = doorkeeper, intake, recorder
-        self._fanout = Fanout()
+        self._fanout, self._admission = Fanout(), Admission()
 
     def FetchModel(
         self, request: site_pb2.FetchRequest, context: grpc.ServicerContext
@@ -282,7 +284,13 @@ class BulkService(site_pb2_grpc.BulkServicer):
         try:
             announced = self._intake.announce(caller, first.head)
             plan_id = announced.header.plan_id
-            with self._intake.receiving(announced) as file:
+            nbytes = announced.index.nbytes
+            with (
+                self._admission.place(nbytes, context.is_active) as counted,
+                self._intake.receiving(announced) as file,
+            ):
+                if nbytes >= LARGE_BYTES:
+                    context.send_initial_metadata(())  # what the site waits for, see Welcome
                 # Asked only now: an older stream may just have had its answer.
                 settled = self._settled(plan_id, site, announced.digest)
                 if settled is not None:
@@ -290,7 +298,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
                     self._intake.forget(site, announced.digest)
                     return settled
                 chunks = (m for m in request_iterator if isinstance(m, Chunk))
-                received = self._intake.receive(file, chunks, site)
+                received = self._intake.receive(file, counted(chunks), site)
                 self._recorder.moved(site, sent=received)
                 if not file.complete:
                     missing = sum(end - first for first, end in file.missing())

@@ -383,12 +383,15 @@ class Welcome(google.protobuf.message.Message):
     PROTOCOL_FIELD_NUMBER: builtins.int
     HEARTBEAT_S_FIELD_NUMBER: builtins.int
     BULK_FIELD_NUMBER: builtins.int
+    TURN_BYTES_FIELD_NUMBER: builtins.int
     federation: builtins.str
     version: builtins.str
     protocol: builtins.int
     heartbeat_s: builtins.float
     bulk: builtins.str
     """host:port of Bulk; ":port": there, of the host that was dialled; empty: here"""
+    turn_bytes: builtins.int
+    """a contribution of so many bytes or more waits behind its head until the"""
     def __init__(
         self,
         *,
@@ -397,8 +400,9 @@ class Welcome(google.protobuf.message.Message):
         protocol: builtins.int = ...,
         heartbeat_s: builtins.float = ...,
         bulk: builtins.str = ...,
+        turn_bytes: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bulk", b"bulk", "federation", b"federation", "heartbeat_s", b"heartbeat_s", "protocol", b"protocol", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bulk", b"bulk", "federation", b"federation", "heartbeat_s", b"heartbeat_s", "protocol", b"protocol", "turn_bytes", b"turn_bytes", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome

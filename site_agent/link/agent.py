@@ -192,7 +192,7 @@ class Agent:
         if welcome is not None and self._wire.move_bulk(welcome.bulk):
             self._fetcher.reconnect()
             self._sender.reconnect()
-        self._sender.attached(welcome is not None)
+        self._sender.attached(welcome is not None, welcome.turn_bytes if welcome else 0)
 
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):

@@ -65,6 +65,7 @@ class Sender:
         self._stopped = False
         self._attached = False
         self._may_move = True
+        self._turn_bytes = 0
         self._channel: grpc.Channel | None = None
         self._call: grpc.Call | None = None
         self._not_before: dict[str, float] = {}
@@ -82,10 +83,15 @@ class Sender:
         with self._condition:
             self._condition.notify_all()
 
-    def attached(self, attached: bool) -> None:
-        """The control stream is there, or not; nothing is sent without it."""
+    def attached(self, attached: bool, turn_bytes: int = 0) -> None:
+        """The control stream is there, or not; nothing is sent without it.
+
+        Args:
+            attached: Whether it is there.
+            turn_bytes: See ``Welcome.turn_bytes``.
+        """
         with self._condition:
-            self._attached = attached
+            self._attached, self._turn_bytes = attached, turn_bytes
             if attached:
                 self._not_before.clear()
                 self._waits.clear()
@@ -204,8 +210,16 @@ class Sender:
                     return
                 missing = [(r.first, r.end) for r in status.missing] if status.known else None
             entry.fresh = False
-            self.busy = True
-            answer = stub.Contribute(_watched(self._messages(entry, missing), broken))
+            turn = threading.Event()
+            messages = _watched(self._messages(entry, missing, turn), broken)
+            if 0 < self._turn_bytes <= entry.index.nbytes:
+                call = stub.Contribute.future(messages)
+                call.initial_metadata()  # comes with the turn, or with the end of the call
+                turn.set()
+                answer = call.result()
+            else:
+                turn.set()
+                answer = stub.Contribute(messages)
         except ValueError:
             raise Unavailable("another thread closed the connection") from None
         except grpc.RpcError as error:
@@ -229,7 +243,7 @@ class Sender:
             return self._channel
 
     def _messages(
-        self, entry: Entry, missing: list[tuple[int, int]] | None
+        self, entry: Entry, missing: list[tuple[int, int]] | None, turn: threading.Event
     ) -> Iterator[site_pb2.ContributeRequest | bytes]:
         """The head, then what is missing there; everything if it never heard of it (None)."""
         yield site_pb2.ContributeRequest(
@@ -247,6 +261,8 @@ class Sender:
         self._ears.sending(entry, done, planned)
         if not ranges or not entry.index.chunks:
             return
+        turn.wait()
+        self.busy = True
         for number, data in read_chunks(entry.payload, entry.index, ranges):
             # What is sent again may be asked for because it is damaged here.
             if missing is not None and digest(data) != entry.index.chunks[number]:

@@ -338,6 +338,27 @@ def test_the_orchestrator_restarts_and_what_is_finished_is_not_trained_again(sit
 # -- life ------------------------------------------------------------------------------------------
 
 
+def test_a_large_contribution_waits_for_its_turn_behind_its_head(site: Site) -> None:
+    orchestrator = site.orchestrator
+    plan = site.plan()
+    orchestrator.stop()
+    orchestrator.turn_bytes = 1
+    orchestrator.start()
+    orchestrator.attached()
+    orchestrator.offer(plan)
+    orchestrator.until(lambda: plan.id in orchestrator.heads, "the head")
+    assert not orchestrator.out_of_turn.wait(0.5)
+    # The line is cut while it waits, and the next one begins with the head again.
+    orchestrator.stop()
+    orchestrator.heads.clear()
+    orchestrator.start()
+    orchestrator.until(lambda: plan.id in orchestrator.heads, "the head again")
+    assert not orchestrator.out_of_turn.wait(0.2)
+    orchestrator.turn.set()
+    orchestrator.contribution(plan)
+    orchestrator.turn_bytes = 0
+
+
 def test_status_pause_and_resume(site: Site) -> None:
     assert ask(site.home, "status")["attached"]
     ask(site.home, "pause")

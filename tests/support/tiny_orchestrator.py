@@ -53,6 +53,9 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.break_upload_after: int | None = None
         self.break_fetch_after: int | None = None
         self.verdict: Any = common_pb2.Answer.COUNTED
+        self.turn_bytes = 0
+        self.turn = threading.Event()  # with turn_bytes: contributions wait for it
+        self.out_of_turn = threading.Event()
         self.server: grpc.Server | None = None
         self.port = 0
 
@@ -195,7 +198,12 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         hello = next(request_iterator)
         assert hello.WhichOneof("kind") == "hello"
         outgoing: queue.SimpleQueue[site_pb2.ToSite | None] = queue.SimpleQueue()
-        welcome = site_pb2.Welcome(federation=self.federation, protocol=1, heartbeat_s=self.beat_s)
+        welcome = site_pb2.Welcome(
+            federation=self.federation,
+            protocol=1,
+            heartbeat_s=self.beat_s,
+            turn_bytes=self.turn_bytes,
+        )
         outgoing.put(site_pb2.ToSite(welcome=welcome))
 
         def read() -> None:
@@ -243,6 +251,8 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         came: list[int] = []
         self.uploads.append(came)
         self.heads[header.plan_id] = index
+        if self.turn_bytes:
+            request_iterator = self._in_turn(request_iterator, context)
         with self._spool(index) as file:
             for message in request_iterator:
                 if self.break_upload_after is not None and len(came) >= self.break_upload_after:
@@ -263,6 +273,22 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         return common_pb2.Answer(
             verdict=self.verdict, plan_id=header.plan_id, contribution=header.digest
         )
+
+    def _in_turn(self, said: Any, context: Any) -> Iterator[Any]:
+        """The messages; none should come before the initial metadata, which come with the turn."""
+        messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def read() -> None:
+            for message in said:
+                if not self.turn.is_set():
+                    self.out_of_turn.set()
+                messages.put(message)
+            messages.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        self.turn.wait(LIMIT_S)
+        context.send_initial_metadata(())
+        return iter(messages.get, None)
 
     def ContributionStatus(self, request: Any, context: Any) -> site_pb2.StatusReply:  # noqa: N802
         self._caller(context)

@@ -113,6 +113,8 @@ SHOWN = {
 }
 """Columns of the measured figures: score, scale, digits."""
 
+UNSEEN = {"test.brier", "test.loss"}
+
 
 def _say_evidence(check: dict[str, Any] | None) -> None:
     """The claim that stands beside the method, and what its row came to."""
@@ -130,11 +132,11 @@ def _say_evidence(check: dict[str, Any] | None) -> None:
     from rich.table import Table
 
     say(f"Data: {check['data']}, {measured['seeds']} seeds. Reproduced: {check['reproduced']}.", "")
-    columns = {
-        title: how
-        for title, how in SHOWN.items()
-        if any(how[0] in scores for scores in measured["arms"].values())
-    }
+    found = {name for scores in measured["arms"].values() for name in scores}
+    columns = {title: how for title, how in SHOWN.items() if how[0] in found}
+    for name in sorted(found - UNSEEN - {how[0] for how in SHOWN.values()}):
+        if name.startswith("test."):  # a metric of the task's own
+            columns[f"{name.removeprefix('test.')} %"] = (name, 100, 2)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("measured")
     for title in columns:

@@ -252,7 +252,7 @@ ROW = Row(
         "cohort": {"sites": _SITES, "quorum": "all", "deadline_s": 900.0},
         # The losses of four outputs are four times the step for SGD; Adam does not mind.
         "local": {
-            "work": {"epochs": 4},
+            "work": {"epochs": 8},
             "lr": 0.003,
             "batch_size": 16,
             "optimizer": {"name": "adam"},
@@ -261,5 +261,5 @@ ROW = Row(
     },
     arms={"single": _arm(), "undistilled": _arm(weight=0.0), "one": _arm(weight=1.0)},
     holds=_holds,
-    reproduced="yes",
+    reproduced="partly",
 )

@@ -12,7 +12,7 @@ from site_agent.pipe import Progress
 from site_agent.trainer.device import widened
 from site_agent.trainer.watch import Watch
 from site_agent.trainer.workload import Workload
-from strategies.scores import Sums, add, flatten, is_classification, sums_of
+from strategies.scores import Sums, add, flatten, is_classification, narrowed, sums_of
 
 BATCH_SIZE = 512
 SPLITS = ("val", "test")
@@ -31,7 +31,7 @@ def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor],
     for split in SPLITS:
         sums = _split(work, plan, split, watch)
         prefix = f"{split}_calibrated" if plan.kind == "reassess" else split
-        for name, value in sums.items():
+        for name, value in narrowed(sums).items():
             # A name with a slash is a strategy's own.
             out[name if "/" in name else f"{prefix}/{name}"] = value
         if split == "val" and sums:

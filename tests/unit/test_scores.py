@@ -1,6 +1,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,21 @@ def direct_ece(confidence: torch.Tensor, correct: torch.Tensor) -> float:
             gap = correct[inside].mean() - confidence[inside].mean()
             total += float(inside.double().mean() * gap.abs())
     return total
+
+
+def direct_classwise(p: torch.Tensor, targets: torch.Tensor) -> float:
+    """The mean over classes of the one-against-the-rest calibration error of p_c."""
+    per_class = [direct_ece(p[:, c], (targets == c).double()) for c in range(p.shape[1])]
+    return sum(per_class) / len(per_class)
+
+
+def direct_aece(confidence: torch.Tensor, correct: torch.Tensor) -> float:
+    """Edges of equal mass from the sorted samples, as Park et al. find them."""
+    n, ordered = len(confidence), confidence.sort().values.numpy()
+    edges = np.interp(np.linspace(0, n, 16), np.arange(n), ordered)
+    index = np.searchsorted(edges[1:-1], confidence.numpy(), side="left")
+    gaps = np.bincount(index, (confidence - correct).numpy(), minlength=15)
+    return float(np.abs(gaps).sum() / n)
 
 
 # algorithms.md section 5
@@ -83,6 +99,43 @@ def test_pooled_scores_are_those_of_the_union(data: st.DataObject) -> None:
     )
     onehot = F.one_hot(targets, classes).double()
     assert pooled["brier"] == pytest.approx(float((p - onehot).square().sum(1).mean()), abs=1e-12)
+    assert pooled["classwise_ece"] == pytest.approx(direct_classwise(p, targets), abs=1e-12)
+    together = scores.pool([scores.sums(outputs, targets)])
+    assert pooled["aece"] == pytest.approx(together["aece"], abs=1e-12)
+
+
+def test_the_mean_of_local_calibration_errors_is_another_number() -> None:
+    """One site too sure, one too modest, by as much: together they are right."""
+    confidence = torch.full((10,), 0.7, dtype=torch.float64)
+    parts = []
+    for right in (5, 9):
+        correct = (torch.arange(10) < right).double()
+        parts.append({"n": torch.tensor(10.0), "bins": scores.binned(confidence, correct)})
+    local = [scores.pool([part])["ece"] for part in parts]
+    assert local == pytest.approx([0.2, 0.2])
+    assert scores.pool(parts)["ece"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scale", "truth"), [(1.0, 1.0), (2.0, 0.6), (3.0, 1.5), (8.0, 3.0), (15.0, 1.2)]
+)
+@pytest.mark.parametrize("n", [3000, 10_000])
+def test_equal_mass_bins_from_narrow_ones(n: int, scale: float, truth: float) -> None:
+    generator = torch.Generator().manual_seed(n)
+    outputs = scale * torch.randn(n, 10, generator=generator)
+    p = (outputs / truth).softmax(dim=1)
+    targets = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    confidence, predicted = outputs.double().softmax(1).max(1)
+    sent = [scores.narrowed(scores.sums(outputs[k::5], targets[k::5])) for k in range(5)]
+    expected = direct_aece(confidence, (predicted == targets).double())
+    assert scores.pool(sent)["aece"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_a_set_costs_is_bounded() -> None:
+    for classes, bound in ((10, 10_000), (100, 21_000), (1000, 9_000)):
+        found = scores.narrowed(scores.sums(torch.randn(4, classes), torch.arange(4)))
+        assert sum(v.numel() * v.element_size() for v in found.values()) < bound
+        assert ("classwise_ece" in scores.scores(found)) == (classes <= 100)
 
 
 def test_reliability_diagram() -> None:
@@ -124,7 +177,7 @@ def test_a_task_without_classes_has_its_loss_and_metrics() -> None:
 def test_a_classifier_has_both() -> None:
     outputs, targets = torch.randn(7, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     found = scores.pool([scores.sums_of(Task(), outputs, targets)])
-    assert sorted(found) == ["accuracy", "brier", "ece", "loss", "nll"]
+    assert sorted(found) == ["accuracy", "aece", "brier", "classwise_ece", "ece", "loss", "nll"]
     assert found["loss"] == pytest.approx(found["nll"], rel=1e-6)
 
 

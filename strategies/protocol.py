@@ -208,17 +208,30 @@ class Strategy(BaseModel):
     def evaluate(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Site: extra statistics of some val samples, (n, classes) and (n,) -> name to tensor.
 
-        Sums over the samples: those of all batches of all sites are added.
+        Sums over the samples: those of all batches of all sites are added. A strategy that has
+        ``rate`` sees samples of val and of test, and outputs after the stack's calibration map.
         """
         return {}
 
     def calibrate(self, sums: Tensors) -> Calibration | None:
-        """Orchestrator: a calibration map from the pooled sums of ``evaluate``."""
+        """Orchestrator: a calibration map from the pooled sums of ``evaluate`` over val.
+
+        ``sums["sites"]`` is the number of sites that have sent some.
+        """
         return None
 
     def transform(self, outputs: Tensor, parameters: Memo) -> Tensor:
         """Either: outputs after the calibration map, (n, classes)."""
         return outputs
+
+    def rate(self, sums: Tensors, parameters: Memo) -> dict[str, float]:
+        """Orchestrator: scores of a set of samples, from the sums of ``evaluate`` over it.
+
+        For a strategy whose map tells something of the outputs without changing them (sets that
+        hold the right class): asked for val and test, pooled and per site, with the parameters of
+        its map of this round.
+        """
+        return {}
 
     # -- export ---------------------------------------------------------------------------------
 
@@ -242,6 +255,6 @@ class Strategy(BaseModel):
 HOOKS = (
     "init_state", "init_memo", "plan", "build", "placement", "groups", "adopt", "batch",
     "loss", "objective", "after_step", "local_step", "encode", "decode", "weigh", "reduce", "step",
-    "refine", "evaluate", "calibrate", "transform", "export",
+    "refine", "evaluate", "calibrate", "transform", "rate", "export",
 )  # fmt: skip
 """All hooks, in the order in which a round meets them."""

@@ -51,7 +51,7 @@ class Stack:
             ("reduce", self._owners("reduce")),
             # Who owns the step has its own losses: beside it, another's would never be asked.
             ("the loss", [s.name for s in self.strategies if owns_loss(type(s))]),
-            ("a calibration map", self._owners("calibrate")),
+            ("a calibration map", [s.name for s in self.mapping]),
             ("a wire codec", [s.name for s in self.strategies if s.wire_codec]),
         ):
             if len(owners) > 1:
@@ -100,6 +100,16 @@ class Stack:
     def owner(self, hook: str) -> Strategy | None:
         """The one strategy that has a hook which only one may own."""
         return next((s for s in self.strategies if s.overrides(hook)), None)
+
+    @property
+    def mapping(self) -> tuple[Strategy, ...]:
+        """What fits a map that changes outputs: one at most."""
+        return tuple(s for s in self.having("calibrate") if not s.overrides("rate"))
+
+    @property
+    def rating(self) -> tuple[Strategy, ...]:
+        """What looks at outputs after that map, and changes none."""
+        return self.having("rate")
 
     @cached_property
     def codec(self) -> Strategy | None:
@@ -269,22 +279,39 @@ class Stack:
     # -- assess and export --------------------------------------------------------------------------
 
     def evaluate(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """All ``evaluate`` hooks: sums by "strategy/key"."""
+        """The ``evaluate`` hooks that see outputs as they are: sums by "strategy/key"."""
         return {
             f"{s.name}/{key}": value
             for s in self.strategies
+            if not s.overrides("rate")
             for key, value in s.evaluate(outputs, targets).items()
         }
 
-    def calibrate(self, sums: Tensors) -> dict[str, Calibration]:
-        """The calibration map of the one strategy that fits one, by its name; empty for none."""
+    def observe(self, outputs: Tensor, targets: Tensor, split: str) -> dict[str, Tensor]:
+        """The ``evaluate`` hooks that see outputs after the map: sums by "strategy/split/key"."""
+        return {
+            f"{s.name}/{split}/{key}": value
+            for s in self.rating
+            for key, value in s.evaluate(outputs, targets).items()
+        }
+
+    def calibrate(self, sums: Tensors, sites: int = 1) -> dict[str, Calibration]:
+        """The map of the one strategy that changes outputs, by its name; empty for none."""
+        return _fitted(self.mapping, sums, "", sites)
+
+    def settle(self, sums: Tensors, sites: int = 1) -> dict[str, Calibration]:
+        """The maps of those that look at outputs after it, from what they observed over val."""
+        return _fitted(self.rating, sums, "val/", sites)
+
+    def rate(self, sums: Tensors, maps: Mapping[str, Memo]) -> dict[str, float]:
+        """Scores of what was observed, by "split.name"; of one site, or of the union."""
         out = {}
-        for s in self.having("calibrate"):
-            prefix = f"{s.name}/"
-            own = {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
-            fitted = s.calibrate(own)
-            if fitted is not None:
-                out[s.name] = fitted
+        for s in self.rating:
+            for split in ("val", "test"):
+                own = _own(sums, f"{s.name}/{split}/")
+                if own and s.name in maps:
+                    found = s.rate(own, maps[s.name])
+                    out.update({f"{split}.{key}": value for key, value in found.items()})
         return out
 
     def transform(self, outputs: Tensor, parameters: Mapping[str, Memo]) -> Tensor:
@@ -321,6 +348,22 @@ def lacked_by(task: Task) -> frozenset[Need]:
         "embedding": bool(task.embedding),
     }
     return frozenset(need for need, met in there.items() if not met)
+
+
+def _own(sums: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
+
+
+def _fitted(
+    strategies: Iterable[Strategy], sums: Tensors, split: str, sites: int
+) -> dict[str, Calibration]:
+    out = {}
+    for s in strategies:
+        own = _own(sums, f"{s.name}/{split}")
+        fitted = s.calibrate(own | {"sites": torch.tensor(float(sites))}) if own else None
+        if fitted is not None:
+            out[s.name] = fitted
+    return out
 
 
 def describe(

@@ -83,27 +83,38 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
     """Scores, reliability curves and calibration maps from the sites' sums.
 
     Args:
-        args: ``stack`` and ``sites`` as for `pool`.
+        args: ``stack`` and ``sites`` as for `pool`; ``calibrate``: whether to fit the map.
 
     Returns:
         ``scores``: pooled, "split.name"; ``sites``: the same per site; ``reliability``: by split;
-        ``calibration``: fitted parameters by strategy; ``reports``: numbers by strategy.
+        ``map``: fitted parameters of the strategy that changes outputs, by its name; ``settled``:
+        of those that look at outputs after it; ``awaited``: whether they have still to see them;
+        ``reports``: numbers by strategy.
     """
     pooled: dict[str, Tensor] = {}
-    per_site: dict[str, dict[str, float]] = {}
+    per_site: dict[str, dict[str, Tensor]] = {}
+    senders: set[str] = set()
     for row in args["sites"]:
         own = {n: load_payload(spec) for n, spec in row["payloads"].items()}
-        per_site[row["site"]] = _flat(own)
+        per_site[row["site"]] = own
+        senders |= (
+            {row["site"]} if float(own.get("val/n", own.get("val_calibrated/n", 0))) else set()
+        )
         for name, tensor in own.items():
             pooled[name] = pooled[name] + tensor.double() if name in pooled else tensor.double()
     stack = stack_of(args["stack"])
-    maps = stack.calibrate(pooled) if args.get("calibrate", True) else {}
+    calibrate = args.get("calibrate", True)
+    fitted = stack.calibrate(pooled, len(senders)) if calibrate else {}
+    settled = stack.settle(pooled, len(senders))
+    known = {name: m.parameters for name, m in settled.items()}
     return {
-        "scores": _flat(pooled),
-        "sites": per_site,
+        "scores": _flat(pooled) | stack.rate(pooled, known),
+        "sites": {s: _flat(own) | stack.rate(own, known) for s, own in per_site.items()},
         "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
-        "calibration": {name: m.parameters for name, m in maps.items()},
-        "reports": {name: dict(m.report) for name, m in maps.items()},
+        "map": {name: m.parameters for name, m in fitted.items()},
+        "settled": known,
+        "awaited": calibrate and bool(stack.mapping and stack.rating),
+        "reports": {name: dict(m.report) for name, m in (fitted | settled).items()},
     }
 
 

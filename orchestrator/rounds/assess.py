@@ -22,8 +22,9 @@ def assess(
     """What is committed, with its pooled scores and calibration maps; None if interrupted.
 
     Light exchanges: sums of the raw outputs, from which scores and maps follow; then, if a map was
-    fitted, sums of the calibrated outputs, so that its effect is measured and not guessed. The
-    candidate is the next base, so fetching it costs no extra bytes.
+    fitted, sums of the calibrated outputs, so that its effect is measured and not guessed, and
+    whatever looks at calibrated outputs sees them. The candidate is the next base, so fetching it
+    costs no extra bytes.
 
     If plug-ins changed the average and the run has a tolerance, the average is assessed too, and is
     what is committed if they made it worse than that.
@@ -40,7 +41,7 @@ def assess(
         if average is None:
             return None
         candidate, assessed = judge(engine, planned, candidate, assessed, average)
-    if assessed is not None and assessed.calibration and not candidate.held:
+    if assessed is not None and assessed.again and not candidate.held:
         assessed = _calibrated(engine, planned, candidate, assessed)
     if assessed is None:
         return None
@@ -65,17 +66,10 @@ def _assessed(
         found["scores"],
         found["sites"],
         found["reliability"],
-        found["calibration"],
-        tuple(
-            Plugin(
-                name=name,
-                state="done",
-                report=found["reports"].get(name, {}),
-                seconds=time.monotonic() - start,
-            )
-            for name in sorted(found["calibration"])
-        ),
+        {**found["map"], **found["settled"]},
+        _reports(found, start),
         dict(gathered.missing),
+        again=bool(found["map"]) or found["awaited"],
     )
 
 
@@ -83,6 +77,7 @@ def _calibrated(
     engine: Engine, planned: Planned, candidate: Candidate, assessed: Assessment
 ) -> Assessment | None:
     """An assessment with what its maps do; None if interrupted."""
+    start = time.monotonic()
     gathered = _exchange(engine, planned, candidate, "reassess", assessed.calibration)
     if gathered.interrupted:
         return None
@@ -95,6 +90,16 @@ def _calibrated(
         scores={**assessed.scores, **second["scores"]},
         reliability={**assessed.reliability, **second["reliability"]},
         sites={s: {**v, **second["sites"].get(s, {})} for s, v in assessed.sites.items()},
+        calibration={**assessed.calibration, **second["settled"]},
+        plugins=(*assessed.plugins, *_reports(second, start)),
+    )
+
+
+def _reports(found: dict[str, Any], start: float) -> tuple[Plugin, ...]:
+    seconds = time.monotonic() - start
+    return tuple(
+        Plugin(name=name, state="done", report=report, seconds=seconds)
+        for name, report in sorted(found["reports"].items())
     )
 
 

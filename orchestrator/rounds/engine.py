@@ -262,6 +262,7 @@ class Assessment:
         calibration: Fitted maps by strategy.
         plugins: What the calibration strategies report.
         missing: Sites that did not answer, with the reason.
+        again: Whether the sites have to be asked again, for what the maps do to their outputs.
     """
 
     done: bool = False
@@ -271,6 +272,7 @@ class Assessment:
     calibration: dict[str, Any] = field(default_factory=dict)
     plugins: tuple[Plugin, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
+    again: bool = False
 
 
 def payload_specs(engine: Engine, row: ContributionRow, folder: Path) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,9 @@ def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor],
 
     For assess and baseline: ``val/…`` and ``test/…``, and what each strategy's ``evaluate`` adds
     over val as ``strategy/…``. For reassess: ``val_calibrated/…`` and ``test_calibrated/…``, after the
-    transforms of the strategies for which the plan has a calibration map.
+    transforms of the strategies for which the plan has a calibration map. Strategies that rate
+    outputs after the map add ``strategy/val/…`` and ``strategy/test/…``: in reassess, or, where the
+    stack has no map, in the others.
     """
     out: dict[str, Tensor] = {}
     samples = 0
@@ -57,8 +59,7 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
                 outputs, targets = flatten(outputs, targets)
             outputs = work.stack.transform(outputs, plan.calibration)
         part = sums_of(work.task, outputs, targets)
-        if split == "val" and plan.kind != "reassess":
-            part |= _of_strategies(work, outputs, targets)
+        part |= _of_strategies(work, plan, split, outputs, targets)
         total = add(total, part)
         done += int(part["n"])
         if watch.due:
@@ -74,8 +75,12 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
     return total
 
 
-def _of_strategies(work: Workload, outputs: Any, targets: Any) -> Sums:
+def _of_strategies(work: Workload, plan: Plan, split: str, outputs: Any, targets: Any) -> Sums:
     if is_classification(work.task):
         outputs, targets = flatten(outputs, targets)
-    sums = work.stack.evaluate(outputs, targets)
+    sums: Sums = {}
+    if split == "val" and plan.kind != "reassess":
+        sums |= work.stack.evaluate(outputs, targets)
+    if plan.kind == "reassess" or not work.stack.mapping:
+        sums |= work.stack.observe(outputs, targets, split)
     return {name: value.detach().to("cpu") for name, value in sums.items()}

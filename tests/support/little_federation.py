@@ -338,17 +338,17 @@ class LittleFederation:
         self.model = {n: model.state_dict()[n].detach().clone() for n in self.model}
 
     def assess(self, stack: Stack) -> None:
-        parts, extra = [], []
-        for site, task in self.tasks.items():
-            model = self.build()
-            model.load_state_dict({**self.model, **self.placed[site]})
-            inputs, targets = task.val_data().tensors  # type: ignore[union-attr]
-            with torch.no_grad():
-                outputs = model.eval()(inputs)
-            parts.append(scores.sums_of(task, outputs, targets))
-            extra.append(stack.evaluate(outputs, targets))
-        self.calibrations = stack.calibrate(scores.add(*extra))
+        answers = [self.answer(site) for site in self.tasks]
+        parts = [
+            scores.sums_of(self.tasks[s], *a) for s, a in zip(self.tasks, answers, strict=True)
+        ]
+        maps = stack.calibrate(scores.add(*(stack.evaluate(*a) for a in answers)), len(answers))
+        known = {name: m.parameters for name, m in maps.items()}
+        seen = scores.add(*(stack.observe(stack.transform(z, known), y, "val") for z, y in answers))
+        settled = stack.settle(seen, len(answers))
+        self.calibrations = maps | settled
         found = {f"val.{k}": v for k, v in scores.pool(parts).items()}
+        found |= stack.rate(seen, {name: m.parameters for name, m in settled.items()})
         self.summary = RoundSummary(
             self.summary.round,
             self.summary.relative_change,
@@ -356,6 +356,14 @@ class LittleFederation:
             self.summary.payloads,
             self.summary.sites,
         )
+
+    @torch.no_grad()
+    def answer(self, site: str) -> tuple[Tensor, Tensor]:
+        """Outputs of the model for a site's val samples, and their classes."""
+        model = self.build()
+        model.load_state_dict({**self.model, **self.placed[site]})
+        inputs, targets = self.tasks[site].val_data().tensors  # type: ignore[union-attr]
+        return model.eval()(inputs), targets
 
 
 def merge(payloads: Sequence[SidePayload], cohort: Cohort) -> Tensor:

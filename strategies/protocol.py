@@ -213,6 +213,10 @@ class Strategy(BaseModel):
         """
         return {}
 
+    def release(self, sums: Tensors) -> Tensors:
+        """Site: what leaves of the sums of an assessment, all sets' and strategies' by name."""
+        return sums
+
     def calibrate(self, sums: Tensors) -> Calibration | None:
         """Orchestrator: a calibration map from the pooled sums of ``evaluate`` over val.
 
@@ -255,6 +259,6 @@ class Strategy(BaseModel):
 HOOKS = (
     "init_state", "init_memo", "plan", "build", "placement", "groups", "adopt", "batch",
     "loss", "objective", "after_step", "local_step", "encode", "decode", "weigh", "reduce", "step",
-    "refine", "evaluate", "calibrate", "transform", "rate", "export",
+    "refine", "evaluate", "release", "calibrate", "transform", "rate", "export",
 )  # fmt: skip
 """All hooks, in the order in which a round meets them."""

@@ -9,17 +9,16 @@ manifest (build, placement, groups) can't have a phase: the manifest is one for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from protos.errors import ComputeFailed, ConfigInvalid
-from protos.manifest import Kind, Manifest, Placement, TensorSpec, Tile
+from protos.manifest import Manifest, Tile
 from protos.plan import Plan, StrategyChoice
 from strategies.context import Calibration, Cohort, Draft, Memo, Moment, Step, Tensors, Update
+from strategies.manifest import describe
 from strategies.protocol import Need, Strategy
 from strategies.registry import make
 from strategies.task import Task
@@ -295,6 +294,12 @@ class Stack:
             for key, value in s.evaluate(outputs, targets).items()
         }
 
+    def release(self, sums: Tensors) -> Tensors:
+        """All ``release`` hooks in order."""
+        for s in self.strategies:
+            sums = s.release(sums)
+        return sums
+
     def calibrate(self, sums: Tensors, sites: int = 1) -> dict[str, Calibration]:
         """The map of the one strategy that changes outputs, by its name; empty for none."""
         return _fitted(self.mapping, sums, "", sites)
@@ -364,49 +369,6 @@ def _fitted(
         if fitted is not None:
             out[s.name] = fitted
     return out
-
-
-def describe(
-    model: nn.Module, placements: Sequence[tuple[str, str]], groups: Sequence[tuple[str, str]]
-) -> Manifest:
-    """The manifest of a model; the last matching pattern wins.
-
-    Parameters that require no gradient are ``frozen`` unless a pattern says otherwise. Tied
-    tensors appear once, under the first of their names.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, str] = {}
-    ties: dict[str, list[str]] = {}
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            continue  # extra state of a module: not exchanged
-        owner = first.setdefault(id(tensor), name)
-        if owner != name:
-            ties.setdefault(owner, []).append(name)
-    specs = []
-    for name in first.values():
-        tensor = state[name]
-        parameter = parameters.get(name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        kind: Kind = "parameter" if parameter is not None else "statistic"
-        if not tensor.dtype.is_floating_point:
-            kind = "counter"
-        placement = "frozen" if parameter is not None and not parameter.requires_grad else "shared"
-        for pattern, value in placements:
-            if fnmatchcase(name, pattern):
-                placement = value
-        group = "all"
-        for pattern, value in groups:
-            if fnmatchcase(name, pattern):
-                group = value
-        specs.append(
-            TensorSpec(
-                name, tuple(tensor.shape), dtype, kind, group, cast(Placement, placement),
-                tuple(ties.get(name, ())),
-            )
-        )  # fmt: skip
-    return Manifest(tuple(specs))
 
 
 def weighted_mean(rows: Iterable[Tensor], weights: Tensor, out: Tensor | None = None) -> Tensor:

@@ -87,31 +87,30 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``scores``: pooled, "split.name"; ``sites``: the same per site; ``reliability``: by split;
-        ``map``: fitted parameters of the strategy that changes outputs, by its name; ``settled``:
-        of those that look at outputs after it; ``awaited``: whether they have still to see them;
-        ``reports``: numbers by strategy.
+        ``calibration``: fitted parameters of the strategy that changes outputs, by its name;
+        ``settled``: of those that look at outputs after it; ``awaited``: whether they have still to
+        see them; ``reports``: numbers by strategy.
     """
     pooled: dict[str, Tensor] = {}
     per_site: dict[str, dict[str, Tensor]] = {}
-    senders: set[str] = set()
+    with_val = 0
     for row in args["sites"]:
         own = {n: load_payload(spec) for n, spec in row["payloads"].items()}
         per_site[row["site"]] = own
-        senders |= (
-            {row["site"]} if float(own.get("val/n", own.get("val_calibrated/n", 0))) else set()
-        )
+        if float(own.get("val/n", own.get("val_calibrated/n", 0))):
+            with_val += 1
         for name, tensor in own.items():
             pooled[name] = pooled[name] + tensor.double() if name in pooled else tensor.double()
     stack = stack_of(args["stack"])
     calibrate = args.get("calibrate", True)
-    fitted = stack.calibrate(pooled, len(senders)) if calibrate else {}
-    settled = stack.settle(pooled, len(senders))
+    fitted = stack.calibrate(pooled, with_val) if calibrate else {}
+    settled = stack.settle(pooled, with_val)
     known = {name: m.parameters for name, m in settled.items()}
     return {
         "scores": _flat(pooled) | stack.rate(pooled, known),
         "sites": {s: _flat(own) | stack.rate(own, known) for s, own in per_site.items()},
         "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
-        "map": {name: m.parameters for name, m in fitted.items()},
+        "calibration": {name: m.parameters for name, m in fitted.items()},
         "settled": known,
         "awaited": calibrate and bool(stack.mapping and stack.rating),
         "reports": {name: dict(m.report) for name, m in (fitted | settled).items()},

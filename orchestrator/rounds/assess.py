@@ -66,10 +66,10 @@ def _assessed(
         found["scores"],
         found["sites"],
         found["reliability"],
-        {**found["map"], **found["settled"]},
+        {**found["calibration"], **found["settled"]},
         _reports(found, start),
         dict(gathered.missing),
-        again=bool(found["map"]) or found["awaited"],
+        again=bool(found["calibration"]) or found["awaited"],
     )
 
 

@@ -38,7 +38,7 @@ def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor],
             out[name if "/" in name else f"{prefix}/{name}"] = value
         if split == "val" and sums:
             samples = int(sums["n"])
-    return out, samples
+    return dict(work.stack.release(out)), samples
 
 
 @torch.no_grad()

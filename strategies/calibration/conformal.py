@@ -122,9 +122,11 @@ class Conformal(Strategy):
         if n <= 0:
             return {}
         within = slice(0, int(parameters["cell"]) + 1)
+        names = {"coverage": "own", "set_size": "every"}
         return {
-            "coverage": float(sums["own"][within].double().sum()) / n,
-            "set_size": float(sums["every"][within].double().sum()) / n,
+            score: float(sums[name][within].double().sum()) / n
+            for score, name in names.items()
+            if name in sums
         }
 
     def sets(self, outputs: Tensor, parameters: Memo) -> Tensor:

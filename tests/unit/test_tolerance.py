@@ -110,6 +110,8 @@ class Bench:
                 "sites": {"north": found},
                 "reliability": {},
                 "calibration": {"temperature": {"of": kind}} if calibrate else {},
+                "settled": {},
+                "awaited": False,
                 "reports": {},
             }
 

@@ -449,6 +449,19 @@ def test_assess_and_reassess_of_a_calibration(bench: Bench) -> None:
     assert float(later["val_calibrated/correct"]) == float(sums["val/correct"])
 
 
+def test_what_looks_behind_the_map_is_asked_for_once(bench: Bench) -> None:
+    sets, temperature = StrategyChoice(name="conformal"), StrategyChoice(name="temperature")
+    names = {"conformal/val/own", "conformal/val/every", "conformal/test/own"}
+    for stack, kind in (((sets,), "assess"), ((sets, temperature), "reassess")):
+        asked = {"assess": "reassess", "reassess": "assess"}[kind]
+        _, sums, _ = bench.perform(plan_of(kind=kind, stack=stack))
+        assert names <= sums.keys()
+        assert int(sums["conformal/val/own"].sum()) == 30
+        if len(stack) > 1:
+            _, other, _ = bench.perform(plan_of(kind=asked, stack=stack))
+            assert not names & other.keys()
+
+
 def test_a_task_may_own_its_loop(bench: Bench) -> None:
     plan = plan_of(
         task="OwnLoop", work=Work(steps=3), schedule=Schedule(shape="exp", lr=0.2, decay=0.25)

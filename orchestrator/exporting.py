@@ -72,6 +72,11 @@ def _in_a_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def _map(parameters: dict[str, Any]) -> str:
+    text = canonical(parameters).decode()
+    return f"`{text}`" if len(text) <= 200 else f"({len(text)} characters)"
+
+
 def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[str, Any]) -> str:
     """The model card: what it is, how it was made, how good it is, what not to believe."""
     summary = row.summary
@@ -107,10 +112,15 @@ def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[s
     maps = summary.get("calibration", {})
     lines += ["", "## Calibration", ""]
     if maps:
-        lines.append(
-            "Outputs are to be calibrated before they are read as probabilities: "
-            f"`{canonical(maps).decode()}` (calibration.json)."
-        )
+        lines += [
+            (
+                "These maps (calibration.json) were fitted to the outputs of this very model. "
+                "`farflung strategies NAME` says what each does; one that changes outputs comes "
+                "before they are read as probabilities."
+            ),
+            "",
+            *(f"- `{name}` {_map(parameters)}" for name, parameters in sorted(maps.items())),
+        ]
     else:
         lines.append("No calibration map was fitted; confidences are as the model gives them.")
     skipped = [p for p in summary.get("plugins", []) if p["state"] == "skipped"]

@@ -44,7 +44,9 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
         engine.ledger.close_round(run.id, 0, row.attempt, (), "no exchange is needed")
     if run.parent is not None:
         parent = engine.ledger.round(*run.parent)
-        return _commit(engine, run, row.attempt, Model.of(parent), f"{start}")
+        # The map was fitted to this model, whatever the run is that goes on from it.
+        maps = parent.summary.get("calibration", {})
+        return _commit(engine, run, row.attempt, Model.of(parent), start, maps)
     with engine.scratch(f"first-{run.id}") as folder:
         out = folder / "out"
         out.mkdir()
@@ -67,7 +69,14 @@ def _isolated(engine: Engine, function: str, args: dict[str, Any]) -> dict[str, 
     return engine.compute.isolated(function, args, limits)
 
 
-def _commit(engine: Engine, run: RunRow, attempt: int, model: Model, source: str) -> Outcome:
+def _commit(
+    engine: Engine,
+    run: RunRow,
+    attempt: int,
+    model: Model,
+    source: str,
+    calibration: dict[str, Any] | None = None,
+) -> Outcome:
     row = engine.ledger.commit_round(
         run.id,
         0,
@@ -77,6 +86,7 @@ def _commit(engine: Engine, run: RunRow, attempt: int, model: Model, source: str
             "frozen": model.frozen,
             "orchestrator": model.orchestrator,
             "source": source,
+            "calibration": calibration or {},
             "finished": time.time(),
         },
     )

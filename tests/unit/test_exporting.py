@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from orchestrator.arithmetic.models import MANIFEST_KEY, from_safetensors, read_safetensors
 from orchestrator.exporting import exported
+from orchestrator.launching import launch
+from orchestrator.rounds.first import first
 from protos.errors import InvalidInput, NotFound
 from protos.manifest import Manifest
 from tests.support.workbench import Workbench, of_spec
@@ -121,6 +123,29 @@ def test_the_other_documents(bench: Workbench, files: Path) -> None:
     assert names == [t.name for t in SHARED]
 
 
+def test_a_run_that_goes_back_to_a_round_has_its_map(bench: Workbench) -> None:
+    bench.enrol("north")
+    child = launch(
+        bench.engine,
+        'name = "child"\nrounds = 1\ninit = { from = "r@1" }\ntask = { name = "t" }',
+        "",
+        b"",
+    )
+    first(bench.engine, bench.ledger.run(child.id))
+    with exported(bench.engine, "child", "") as found:
+        documents = {path.name: path for path in found}
+        calibration = json.loads(documents["calibration.json"].read_text())
+    assert calibration["maps"] == {"temperature": {"t": 1.5}}
+    assert calibration["model"] == bench.ledger.round("r", 1).model
+    assert (calibration["run"], calibration["round"]) == (child.id, 0)
+
+
+def test_each_round_has_its_own_map(bench: Workbench) -> None:
+    with exported(bench.engine, "r", "2") as found:
+        path = next(p for p in found if p.name == "calibration.json")
+        assert json.loads(path.read_text())["maps"] == {}
+
+
 def test_the_card_says_who_was_missing_and_what_was_skipped(files: Path) -> None:
     card = (files / "MODEL_CARD.md").read_text()
     assert card.startswith("# r, round 1\n")
@@ -128,7 +153,7 @@ def test_the_card_says_who_was_missing_and_what_was_skipped(files: Path) -> None
     assert "| sites in this round | east, north |" in card
     assert "| not in this round | south: site south, tensor w: it holds NaN |" in card
     assert "| test.accuracy | 0.6124 |" in card
-    assert '`{"temperature":{"t":1.5}}`' in card
+    assert '- `temperature` `{"t":1.5}`' in card
     assert "- feddf: out of memory" in card
     assert "temperature:" not in card
     assert "| rounds | 1 of 4 |" in card

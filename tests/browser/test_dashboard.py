@@ -114,6 +114,21 @@ def test_strategies_report_numbers_and_reasons(look: Look, url: str) -> None:
     )
 
 
+def test_calibration_before_and_after_together_and_per_site(look: Look, url: str) -> None:
+    page = opened(look(f"{url}#//calibration"))
+    expect_drawn(chart(page, "calibration-coverage"))
+    expect(chart(page, "reliability").locator(".diagrams svg")).to_have_count(2)
+    table = page.locator('[data-table="judgement"]')
+    for words in ("ECE", "AECE", "Class-wise ECE", "Coverage", "Set size"):
+        expect(table.locator("thead")).to_contain_text(words)
+    last = Recording().done[-1].scores
+    before, after = (f"{100 * last[f'{name}.ece']:.1f}" for name in ("test", "test_calibrated"))
+    expect(table.locator("tbody tr").first).to_contain_text(f"{before}\u202f% → {after}\u202f%")
+    expect(table.locator("tbody tr")).to_have_count(4)
+    expect(chart(page, "reliability")).to_contain_text("conformal quantile 0.83")
+    expect(chart(page, "reliability")).not_to_contain_text("cell")
+
+
 @pytest.mark.parametrize("width", [360, 768, 1180])
 def test_narrow_windows(look: Look, url: str, width: int) -> None:
     page = opened(look(url, viewport={"width": width, "height": 800}))

@@ -27,7 +27,7 @@ from orchestrator.views import (
 )
 
 NAMES = ("north", "south", "east")
-STRATEGIES = ("co_learning", "self_distillation", "feddf", "temperature")
+STRATEGIES = ("co_learning", "self_distillation", "feddf", "temperature", "conformal")
 EPSILON = 0.05
 ROUND_S = 42.0
 NAN = (
@@ -103,10 +103,17 @@ class Recording:
         nll = 0.30 + 1.1 * (0.9 - accuracy) / 0.45 + 0.006 * self.noise("nll", n)
         found = {"val.accuracy": accuracy, "val.nll": nll, "val.ece": raw}
         test = {"accuracy": accuracy - 0.006, "nll": nll + 0.014, "ece": raw + 0.002}
+        test |= {"aece": raw + 0.001, "classwise_ece": raw / 4}
+        test |= {
+            "coverage": 0.9 + 0.006 * self.noise("coverage", n),
+            "set_size": 3.2 - 2 * accuracy,
+        }
         found |= {f"test.{key}": value for key, value in test.items()}
         found["test_calibrated.accuracy"] = test["accuracy"]
         found["test_calibrated.nll"] = test["nll"] * 0.94
         found["test_calibrated.ece"] = 0.011 + 0.002 * self.noise("ece2", n)
+        found["test_calibrated.aece"] = 0.012 + 0.002 * self.noise("aece2", n)
+        found["test_calibrated.classwise_ece"] = 0.004
         return {key: round(value, 5) for key, value in found.items()}
 
     # ---------------------------------------------------------------------------------- a round
@@ -138,7 +145,10 @@ class Recording:
             relative_change=round(self.change(n), 5),
             model=digest("model", n),
             plugins=self.plugins(n),
-            calibration={"temperature": {"temperature": round(1.2 + 0.04 * n, 3)}},
+            calibration={
+                "temperature": {"temperature": round(1.2 + 0.04 * n, 3)},
+                "conformal": {"alpha": 0.1, "cell": 600, "quantile": 0.83, "score": "lac"},
+            },
             reliability=self.reliability(n),
             missing={refused: NAN} if refused else {},
         )
@@ -186,9 +196,12 @@ class Recording:
         phases.append(SitePhase(state="refused" if refused else "counted", start=at))
         drift = 0.012 * self.noise("skew", site) + 0.006 * self.noise("score", site, n)
         scores = {
-            key: round(value - (0.016 - drift if key.endswith("accuracy") else -0.05 + drift), 5)
+            key: round(
+                value
+                - (0.016 - drift if key.endswith(("accuracy", "coverage")) else -0.05 + drift),
+                5,
+            )
             for key, value in self.scores(n).items()
-            if not key.startswith("test_calibrated")
         }
         examples = self.examples(site)
         loss = 0.22 + 0.9 * math.exp(-n / 3) + 0.05 * self.noise("loss", site)

@@ -4,20 +4,26 @@ import { go, read } from "./address.js";
 import { h } from "./dom.js";
 import { number, percent, scoreName } from "./format.js";
 import { Group } from "./group.js";
+import { judgement } from "./judgement.js";
 import { eceSpec, one, small } from "./multiples.js";
+import { siteColour, siteDash } from "./palette.js";
 import { files, Panel } from "./panel.js";
 import { moved, picture } from "./pen.js";
 import { diagram, diagramHeight } from "./reliability.js";
-import { axis, decided, Memory, shownOf } from "./series.js";
+import { axis, bySite, decided, Memory, named, pick, shownOf } from "./series.js";
 import { nothing } from "./empty.js";
 
-/** Every number inside a fitted map, by its path. */
+// What a map was asked for, and not what was fitted.
+const SETTINGS = new Set(["alpha", "cell", "penalty", "free_ranks"]);
+
+/** Every number inside a fitted map, by its path; of lists only how long they are. */
 function flat(value, path = "") {
   if (typeof value === "number") return [[path, value]];
+  if (Array.isArray(value)) return [[`${path} count`, value.length]];
   if (value === null || typeof value !== "object") return [];
-  return Object.entries(value).flatMap(([key, inner]) =>
-    flat(inner, path ? `${path} ${key}` : key),
-  );
+  return Object.entries(value)
+    .filter(([key]) => !SETTINGS.has(key))
+    .flatMap(([key, inner]) => flat(inner, path ? `${path} ${key}` : key));
 }
 
 const words = (path) => [...new Set(path.replaceAll("_", " ").split(" "))].join(" ");
@@ -37,9 +43,15 @@ export class Calibration {
     this.pictures = h("div", { class: "diagrams" });
     this.figure = h("figure", { class: "panel", "data-chart": "reliability" });
     this.fitted = h("p", { class: "soft" });
+    this.table = h("div", { class: "scroll" });
     this.ece = new Panel(this.group, {
       id: "calibration-ece",
       title: "ECE, calibration error",
+      height: small,
+    });
+    this.coverage = new Panel(this.group, {
+      id: "calibration-coverage",
+      title: "Coverage, conformal sets",
       height: small,
     });
     this.maps = new Panel(this.group, {
@@ -53,12 +65,13 @@ export class Calibration {
       this.slider,
       this.fitted,
       this.pictures,
+      this.table,
     );
     this.body = h(
       "div",
       { class: "calibration" },
       this.figure,
-      h("div", { class: "multiples" }, this.ece.node, this.maps.node),
+      h("div", { class: "multiples" }, this.ece.node, this.coverage.node, this.maps.node),
     );
     this.empty = nothing(
       "Here the model’s confidence will be held against how often it is right, before and after calibration, round by round. Add a calibration strategy to the run file, ",
@@ -85,11 +98,13 @@ export class Calibration {
     this.title.textContent = `Reliability after round ${this.round.round}`;
     const fitted = flat(this.round.calibration).map(([path, x]) => `${words(path)} ${number(x)}`);
     this.fitted.textContent = fitted.length ? `Fitted: ${fitted.join(" · ")}` : "";
+    this.table.replaceChildren(judgement(this.round, run.sites));
     this.draw();
     const x = axis(read().x, run, done);
     this.group.domain = x.domain;
     const choose = (round) => go({ round });
     this.ece.update({ ...eceSpec({ rounds: done, x }), choose });
+    this.cover(run, done, { x, choose });
     const paths = [
       ...new Set(done.flatMap((round) => flat(round.calibration).map(([path]) => path))),
     ];
@@ -102,6 +117,32 @@ export class Calibration {
     this.maps.node.hidden = !lines.length;
     if (lines.length)
       this.maps.update({ x, rounds: done, lines, y: {}, value: (v) => number(v), choose });
+  }
+
+  /** How often sets hold the right class: together, at each site, and as was asked for. */
+  cover(run, done, { x, choose }) {
+    const name = named(done, "coverage");
+    this.coverage.node.hidden = !name;
+    if (!name) return;
+    const many = run.sites.length > 9;
+    const sites = bySite(done, run.sites, (row) => row.scores[name]).map((values, k) => ({
+      label: run.sites[k],
+      values,
+      colour: () => siteColour(k),
+      dash: siteDash(k),
+      width: many ? 0.5 : 1,
+      alpha: many ? 0.5 : 0.8,
+    }));
+    const asked = this.round.calibration.conformal?.alpha;
+    this.coverage.update({
+      x,
+      rounds: done,
+      lines: [...sites, one("all", pick(done, name))],
+      references: asked === undefined ? [] : [{ label: "asked", value: 1 - asked }],
+      y: { share: true },
+      value: (v) => percent(v),
+      choose,
+    });
   }
 
   curves() {
@@ -154,6 +195,7 @@ export class Calibration {
   destroy() {
     this.observer.disconnect();
     this.ece.destroy();
+    this.coverage.destroy();
     this.maps.destroy();
   }
 }

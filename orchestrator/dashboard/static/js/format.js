@@ -66,7 +66,17 @@ export const date = (t) =>
 export const short = (digest) => (digest ? digest.slice(0, 10) : none);
 
 const SETS = { val: "validation", test: "test", test_calibrated: "test, calibrated", val_calibrated: "validation, calibrated" };
-const METRICS = { accuracy: "Accuracy", nll: "NLL", ece: "ECE", loss: "Loss" };
+const METRICS = {
+  accuracy: "Accuracy",
+  nll: "NLL",
+  ece: "ECE",
+  aece: "AECE",
+  classwise_ece: "Class-wise ECE",
+  brier: "Brier score",
+  coverage: "Coverage",
+  set_size: "Set size",
+  loss: "Loss",
+};
 
 /** "val.accuracy" as { set: "validation", metric: "Accuracy" }. */
 export function scoreName(name) {
@@ -76,7 +86,7 @@ export function scoreName(name) {
   return { set: SETS[set] ?? set.replaceAll("_", " "), metric: words, key: metric };
 }
 
-export const isShare = (name) => /accuracy|ece|error|agreement|share|rate$/.test(name);
+export const isShare = (name) => /accuracy|ece|error|coverage|agreement|share|rate$/.test(name);
 
 /** A score, by the name it goes by. */
 export const score = (name, x) => (isShare(name) ? percent(x) : number(x));

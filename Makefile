@@ -30,7 +30,7 @@ SEEDS ?=
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos evidence-seeds bench bench-exchange bench-rounds bench-codec bench-peers env clean
+.PHONY: help demo test test-all check format protos evidence-seeds evidence-calibration bench bench-exchange bench-rounds bench-codec bench-peers env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -64,6 +64,10 @@ protos: $(READY_TO_DEVELOP) ## regenerate the code beside protos/v1/*.proto
 
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
 	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
+
+evidence-calibration: $(READY_TO_DEVELOP) ## losses, maps and sets over five sites: SEEDS=6 (20 minutes)
+	$(BIN)/python -m benchmarks.calibration $(if $(SEEDS),--seeds $(SEEDS))
+	$(BIN)/python -m benchmarks.calibration_cost
 
 bench: bench-exchange bench-rounds bench-codec ## every benchmark of `farflung bench`
 

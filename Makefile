@@ -30,7 +30,7 @@ SEEDS ?=
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos evidence-seeds evidence-calibration bench bench-exchange bench-rounds bench-codec bench-peers env clean
+.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration bench bench-exchange bench-rounds bench-codec bench-peers env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -61,6 +61,9 @@ format: $(READY_TO_DEVELOP) ## let ruff repair what it can
 protos: $(READY_TO_DEVELOP) ## regenerate the code beside protos/v1/*.proto
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/v1/*.proto
+
+docs: $(READY_TO_DEVELOP) ## write docs/configuration.md and docs/strategies from the code
+	$(BIN)/python -m docs.generate
 
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
 	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))

@@ -118,6 +118,9 @@ class RunConfig(Section):
     """A run file.
 
     Attributes:
+        name: Of the run; its id is made of it.
+        rounds: How many.
+        seed: Of all randomness of the run, at every site.
         on_error: What becomes of a round one of whose plug-ins fails: it goes on without it, or is
             held and the run paused.
         tolerance: How much worse a round's plug-ins may make the average, judged by the sites'
@@ -214,7 +217,12 @@ class GatewaysSection(Section):
 
 
 class DashboardSection(Section):
-    """The page. It binds to loopback only. Port 0 takes a free one; -1 turns it off."""
+    """The page.
+
+    Attributes:
+        host: Address to listen on; of loopback only.
+        port: 0 takes a free one; -1 turns the page off.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(8471, ge=-1, le=65535)

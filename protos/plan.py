@@ -129,14 +129,26 @@ class OptimizerChoice(Frozen):
 
 
 class TaskChoice(Frozen):
-    """Which task, and its parameters of the run; the code is the site's own."""
+    """Which task, and its parameters of the run; the code is the site's own.
+
+    Attributes:
+        name: As the sites' configuration has it.
+        params: Fields of the task's ``Params``.
+    """
 
     name: Name
     params: Parameters = {}
 
 
 class StrategyChoice(Frozen):
-    """One strategy of the stack: its name, its hyperparameters, and the rounds it is active in."""
+    """One strategy of the stack.
+
+    Attributes:
+        name: As `farflung strategies` lists it.
+        params: Its hyperparameters; in a run file they stand beside the name.
+        rounds: [a, b): the rounds from a on in which it acts, up to b, or to the end without b; none
+            for all.
+    """
 
     name: Name
     params: Parameters = {}

@@ -25,7 +25,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         of this very row, or None); or None), doc.
     """
     doc = inspect.cleandoc(cls.__doc__ or "")
-    about = _attributes(doc)
+    about = attributes(doc)
     row = getattr(sys.modules[cls.__module__], "ROW", None)
     check = None
     if isinstance(row, Row) and row.method == cls.name:
@@ -89,7 +89,7 @@ def _constraints(metadata: list[Any]) -> str:
     return ", ".join(parts)
 
 
-def _attributes(doc: str) -> dict[str, str]:
+def attributes(doc: str) -> dict[str, str]:
     """The entries of the docstring's section "Attributes:", each on one line."""
     _, _, section = doc.partition("\nAttributes:\n")
     out: dict[str, str] = {}

@@ -11,13 +11,13 @@ from orchestrator.cli.output import print_json, say
 
 
 def complete_strategy(incomplete: str) -> list[str]:
-    """Names of strategies, read off the folders: importing them all would take too long."""
+    """Names of strategies, read off the files: importing them all would take too long."""
     from pathlib import Path
 
     import strategies as package
 
-    folder = Path(next(iter(package.__path__)))
-    names = {file.stem for file in folder.glob("*/*.py")} - {"__init__"}
+    files = Path(next(iter(package.__path__))).glob("*/*.py")
+    names = {f.stem for f in files if "name: ClassVar[str] =" in f.read_text(encoding="utf-8")}
     return sorted(name for name in names if name.startswith(incomplete))
 
 

@@ -330,3 +330,11 @@ def test_a_strategy_is_explained_with_what_was_measured(
     assert farflung("strategies", "co_learning", "--json") == 0
     check = json.loads(capsys.readouterr().out)["check"]
     assert check["measured"]["arms"]["iid-clr"]["test.accuracy"] == [0.925, 0.0]
+
+
+def test_completion_offers_the_strategies_and_nothing_else() -> None:
+    from orchestrator.cli.catalogue import complete_strategy
+    from strategies.registry import catalogue
+
+    assert complete_strategy("") == sorted(catalogue())
+    assert complete_strategy("int") == ["int4", "int8"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -144,8 +145,8 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean(seeds: Sequence[Seed], arm: str, score: str = "test.accuracy") -> float:
-    """The mean of a score of an arm over the seeds."""
-    return sum(seed[arm][score] for seed in seeds) / len(seeds)
+    """The mean of a score of an arm over the seeds; NaN, which meets no bar, where one lacks it."""
+    return sum(seed[arm].get(score, math.nan) for seed in seeds) / len(seeds)
 
 
 def at_least(what: str, value: float, bar: float) -> list[str]:

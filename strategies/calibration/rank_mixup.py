@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from strategies import scores
 from strategies.augmentation.mixing import draw
 from strategies.context import Step
 from strategies.protocol import Family, Need, Strategy
+from strategies.row import Row, Seed, Site, at_least, mean
 
 
 class RankMixup(Strategy):
@@ -126,3 +127,51 @@ class RankMixup(Strategy):
         dcg = (torch.cat([first[None], confidence.gather(0, order)]) * discount).sum(dim=0)
         idcg = (torch.cat([torch.ones_like(first)[None], ideal]) * discount).sum(dim=0)
         return (1 - torch.minimum(dcg / idcg, idcg / dcg)).mean()
+
+
+def _holds(seeds: Sequence[Seed]) -> list[str]:
+    ece = {arm: 100 * mean(seeds, arm, "test.ece") for arm in ROW.arms}
+    out = at_least("0.85 x ECE of cross-entropy - of MRL", 0.85 * ece["ce"] - ece["mrl"], 0.0)
+    out += at_least("0.7 x ECE of mixup - of MRL", 0.7 * ece["mixup"] - ece["mrl"], 0.0)
+    out += at_least("ECE of cross-entropy - of M-NDCG", ece["ce"] - ece["m-ndcg"], 0.0)
+    for score in ("test.rank_correlation", "test.above_blend"):
+        gap = mean(seeds, "mrl", score) - mean(seeds, "ce", score)
+        out += at_least(f"MRL: {score} over cross-entropy", gap, 0.0)
+    for arm in ("mrl", "m-ndcg"):
+        gap = 100 * (mean(seeds, arm) - mean(seeds, "ce"))
+        out += at_least(f"{arm}: accuracy over cross-entropy", gap, -0.5)
+        out += at_least(f"{arm}: correlation", mean(seeds, arm, "test.rank_correlation"), 0.3)
+    return out
+
+
+ROW = Row(
+    number=48,
+    method="rank_mixup",
+    claim="The order of confidences is a better teacher of calibration than blended labels.",
+    control="cross-entropy, mixup",
+    data="M5, 1,000 labels",
+    task="m5blends",
+    sites=tuple(Site(f"site{k}", {"part": k, "parts": 3}) for k in range(3)),
+    run={
+        "rounds": 8,
+        "task": {"name": "m5blends", "params": {"train": 1000}},
+        "cohort": {"sites": [f"site{k}" for k in range(3)], "quorum": "all", "deadline_s": 900.0},
+        "local": {
+            "work": {"epochs": 5},
+            "batch_size": 32,
+            "lr": 0.05,
+            "optimizer": {"name": "sgd", "momentum": 0.9},
+        },
+        "assess": {"every": 1000},  # only the last round
+    },
+    arms={
+        "ce": {"strategy": []},
+        "mixup": {"strategy": [{"name": "mixup", "alpha": 1.0}]},
+        "mrl": {"strategy": [{"name": "rank_mixup"}]},
+        "mrl-released": {"strategy": [{"name": "rank_mixup", "same_class": "scale"}]},
+        "m-ndcg": {"strategy": [{"name": "rank_mixup", "form": "m_ndcg"}]},
+        "m-ndcg-1": {"strategy": [{"name": "rank_mixup", "form": "m_ndcg", "weight": 1.0}]},
+    },
+    holds=_holds,
+    reproduced="partly",
+)

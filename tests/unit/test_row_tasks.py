@@ -1,0 +1,49 @@
+"""Tasks of the rows that measure more than a score."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.tasks.m5 import M5
+from benchmarks.tasks.m5blends import LEVELS, M5BLENDS
+from strategies import scores
+
+
+def test_blends_are_no_samples_and_have_two_classes() -> None:
+    task = M5BLENDS(M5BLENDS.Params(seed=3, train=100, test=300))
+    pictures, targets = task.test_data().tensors
+    plain, labels = M5(M5.Params(seed=3, train=100, test=300)).test_data().tensors
+    assert torch.equal(pictures[:, 0], plain)
+    assert torch.equal(targets[:, 0], labels)
+    level = -1 - targets[:, 1]
+    assert sorted(set(level.tolist())) == list(range(LEVELS))
+    share = 0.5 + 0.5 * level / LEVELS
+    other = (pictures[:, 1] - share[:, None] * plain) / (1 - share)[:, None]
+    found = torch.cdist(other, plain).argmin(dim=1)
+    assert torch.cdist(other, plain).amin(dim=1).max() < 0.05
+    assert (labels[found] != labels).all()
+    assert sorted(found.tolist()) == list(range(300))
+
+    model = task.model()
+    outputs = task.forward(model, pictures)
+    assert outputs.shape == (300, 10, 2)
+    torch.testing.assert_close(outputs[..., 0], model(plain))
+    whole = scores.scores(scores.sums_of(task, outputs, targets))
+    alone = scores.scores(scores.sums_of(M5(), model(plain), labels))
+    assert {name: whole[name] for name in alone} == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_order_of_confidences_is_measured() -> None:
+    task = M5BLENDS()
+    level = torch.tensor([0, 3, 7, 19])
+    targets = torch.stack([torch.tensor([1, 2, 3, 4]), -1 - level], dim=1)
+    outputs = torch.zeros(4, 10, 2)
+    outputs[:, 0, 0] = torch.tensor([3.0, 5.0, 1.0, 9.0])  # above the blend's by 2, 3, -2, 4.5
+    outputs[:, 5, 1] = torch.tensor([1.0, 2.0, 3.0, 4.5])
+    found = task.metrics(outputs, targets)
+    assert float(found["rank_correlation"]) == 4.0
+    assert float(found["above_blend"]) == 3.0
+    swapped = task.metrics(outputs.flip(0), targets)
+    assert float(swapped["rank_correlation"]) == -4.0
+    assert task.metrics(outputs[..., 0], targets[:, 0]) == {}

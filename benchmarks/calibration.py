@@ -1,6 +1,6 @@
 """Can the confidence be trusted? Losses, maps and sets, before and after, over five sites.
 
-    python -m benchmarks.calibration [--seeds 6] [--splits 20] [--only seed-3] [--keep FOLDER]
+    python -m benchmarks.calibration [--seeds 6] [--splits 20] [--only fashion-3] [--keep FOLDER]
 
 Digits with noise and Fashion-MNIST, five sites, IID and Dirichlet 0.5, through a real orchestrator
 and real site agents. Two runs of each are trained: with cross-entropy and with ACLS. A map costs
@@ -8,8 +8,8 @@ nothing in training, so each is fitted in a run of one round that starts from th
 first and takes a step of length zero; conformal sets so for ``--splits`` divisions of the held-out
 pictures into validation and test, with the first seed.
 
-What is measured is kept, a file for each seed and for the sets of each workload, so that a run can
-be cut off and gone on with. The bars are those of the issue, over the mean of the seeds. Writes its
+What is measured is kept, a file for each workload and seed and for the sets of each workload, so that
+a run can be cut off and gone on with. The bars are those of the issue, over the mean of the seeds. Writes its
 part of docs/evidence.md and exits 1 if a bar falls short.
 """
 
@@ -135,24 +135,21 @@ def behind(
     return federation.run(config(name, seed, workload, SKEWS[skew], strategy, start, draw))
 
 
-def one_seed(federation: Federation, seed: int) -> Seed:
-    """All cells with one seed."""
+def one_seed(federation: Federation, workload: str, seed: int) -> Seed:
+    """All arms of a workload with one seed."""
     out: Seed = {}
-    for workload in WORKLOADS:
-        for skew in SKEWS:
-            cell = {
-                name: arm(trained(federation, workload, skew, seed, name)) for name in (CE, ACLS)
-            }
-            for name in MAPS[1:]:
-                cell[name] = arm(behind(federation, workload, skew, seed, [{"name": name}]))
-            out[f"{workload}, {skew}"] = {**cell, "temperature": cell[CE]}
-            ce, calm = cell[CE], cell[ACLS]
-            print(
-                f"seed {seed} {workload}, {skew}: ECE {100 * ce['ece']:.2f} %, temperature "
-                f"{100 * ce['calibrated ece']:.2f}, acls {100 * calm['ece']:.2f}; accuracy "
-                f"{100 * ce['accuracy']:.2f}, acls {100 * calm['accuracy']:.2f}",
-                flush=True,
-            )
+    for skew in SKEWS:
+        cell = {name: arm(trained(federation, workload, skew, seed, name)) for name in (CE, ACLS)}
+        for name in MAPS[1:]:
+            cell[name] = arm(behind(federation, workload, skew, seed, [{"name": name}]))
+        out[f"{workload}, {skew}"] = {**cell, "temperature": cell[CE]}
+        ce, calm = cell[CE], cell[ACLS]
+        print(
+            f"seed {seed} {workload}, {skew}: ECE {100 * ce['ece']:.2f} %, temperature "
+            f"{100 * ce['calibrated ece']:.2f}, acls {100 * calm['ece']:.2f}; accuracy "
+            f"{100 * ce['accuracy']:.2f}, acls {100 * calm['accuracy']:.2f}",
+            flush=True,
+        )
     return out
 
 
@@ -313,10 +310,12 @@ def federation() -> Federation:
 
 
 def measured(name: str, splits: int) -> Any:
-    """ "seed-3", or "sets-noisy", in a federation of its own."""
-    kind, _, which = name.partition("-")
+    """What "fashion-3" or "sets-fashion" asks for, in a federation of its own."""
+    what, _, which = name.partition("-")
     with federation() as there:
-        return one_seed(there, int(which)) if kind == "seed" else sets_of(there, which, splits)
+        if what == "sets":
+            return sets_of(there, which, splits)
+        return one_seed(there, what, int(which))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -324,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="calibration", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--splits", type=int, default=20, help="of the first seed, for sets")
-    parser.add_argument("--only", help="measure seed-0, … or sets-noisy, …, and write no table")
+    parser.add_argument("--only", help="measure noisy-0, … or sets-noisy, …, and write no table")
     parser.add_argument("--keep", type=Path, default=ROOT / "build/calibration")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
     options = parser.parse_args(arguments)
@@ -335,9 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         found(options.only)
         return 0
-    seeds: list[Seed] = [found(f"seed-{seed}") for seed in range(options.seeds)]
+    seeds: list[Seed] = [{} for _ in range(options.seeds)]
     sets: Sets = {}
     for workload in WORKLOADS:
+        for number, seed in enumerate(seeds):
+            seed |= found(f"{workload}-{number}")
         sets |= found(f"sets-{workload}")
     short = shortfalls(seeds, sets)
     text = part(seeds, sets, short)

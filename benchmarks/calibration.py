@@ -207,8 +207,8 @@ def shortfalls(seeds: Sequence[Seed], sets: Sets) -> list[str]:
             )
         if any(s[cell][CE]["accuracy"] != s[cell][CE]["calibrated accuracy"] for s in seeds):
             out.append(f"{cell}: temperature changed the accuracy")
-        covered = [c["pooled"] for c in sets[cell]]
-        if abs(statistics.fmean(covered) - (1 - ALPHA)) > 0.01:
+        covered = [c["pooled"] for c in sets.get(cell, [])]
+        if covered and abs(statistics.fmean(covered) - (1 - ALPHA)) > 0.01:
             found = 100 * statistics.fmean(covered)
             out.append(f"{cell}: coverage {found:.2f} %, the bar is {100 * (1 - ALPHA):g} ± 1")
     return out
@@ -324,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--splits", type=int, default=20, help="of the first seed, for sets")
     parser.add_argument("--only", help="measure noisy-0, … or sets-noisy, …, and write no table")
+    parser.add_argument("--kept", action="store_true", help="tables of what is kept, no runs")
     parser.add_argument("--keep", type=Path, default=ROOT / "build/calibration")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
     options = parser.parse_args(arguments)
@@ -334,12 +335,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         found(options.only)
         return 0
-    seeds: list[Seed] = [{} for _ in range(options.seeds)]
+
+    def wanted(*names: str) -> bool:
+        return not options.kept or all((options.keep / f"{n}.json").exists() for n in names)
+
+    seeds: list[Seed] = []
     sets: Sets = {}
+    for seed in range(options.seeds):
+        names = [f"{workload}-{seed}" for workload in WORKLOADS]
+        if wanted(*names):
+            seeds.append({cell: arms for name in names for cell, arms in found(name).items()})
     for workload in WORKLOADS:
-        for number, seed in enumerate(seeds):
-            seed |= found(f"{workload}-{number}")
-        sets |= found(f"sets-{workload}")
+        if wanted(f"sets-{workload}"):
+            sets |= found(f"sets-{workload}")
+    if not seeds:
+        raise SystemExit("calibration: no seed has been measured yet; leave out --kept")
     short = shortfalls(seeds, sets)
     text = part(seeds, sets, short)
     document = options.out.read_text() if options.out.exists() else "# Evidence\n"

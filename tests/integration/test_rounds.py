@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 
 from orchestrator.child import program
 from orchestrator.views import Event, Round, Run
+from protos.plan import StrategyChoice
+from strategies.calibration.conformal import Conformal
+from strategies.stack import Stack
 from tests.support.field import ORCHESTRATOR, SITES, Field
 from tests.support.files import wait_for
 
@@ -48,7 +52,7 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     field: Field, tmp_path: Path
 ) -> None:
     client = field.federation.client
-    plugins = ["co_learning", "self_distillation", "feddf", "temperature"]
+    plugins = ["co_learning", "self_distillation", "feddf", "temperature", "conformal"]
     strategy = [{"name": n} for n in plugins]
     strategy[2]["steps"] = 10  # type: ignore[assignment]
     run = field.federation.launch(field.config("learns", rounds=3, strategy=strategy))
@@ -62,6 +66,8 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
         states = {p.name: p.state for p in round.plugins}
         assert states["feddf"] == states["temperature"] == "done", round.plugins
         assert round.scores["test_calibrated.accuracy"] == round.scores["test.accuracy"]
+        assert {"test", "test_calibrated"} <= round.reliability.keys()
+        assert all(0 < row.scores["test.coverage"] <= 1 for row in round.sites)
         assert {row.state for row in round.sites} == {"counted"}
         assert round.wire_bytes > 0
 
@@ -81,6 +87,17 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     assert (outputs.argmax(1) == targets).double().mean().item() == pytest.approx(
         rounds[-1].scores["test.accuracy"]
     )
+
+    # The maps that came with it do to its outputs what they did in the round.
+    maps = json.loads((tmp_path / "out" / "calibration.json").read_text())["maps"]
+    assert maps == rounds[-1].calibration
+    stack = Stack([StrategyChoice(name=name) for name in maps])
+    calibrated = stack.transform(outputs, maps)
+    nll = torch.nn.functional.cross_entropy(calibrated, targets).item()
+    assert nll == pytest.approx(rounds[-1].scores["test_calibrated.nll"], rel=1e-6)
+    sets = Conformal().sets(calibrated, maps["conformal"])
+    covered = sets.gather(1, targets[:, None]).double().mean().item()
+    assert covered == pytest.approx(rounds[-1].scores["test.coverage"])
 
     again = field.federation.launch(
         field.config("goes-on", rounds=1), start_from=f"{view.name}@best"

@@ -121,12 +121,10 @@ class RunConfig(Section):
         name: Of the run; its id is made of it.
         rounds: How many.
         seed: Of all randomness of the run, at every site.
-        on_error: What becomes of a round one of whose plug-ins fails: it goes on without it, or is
-            held and the run paused.
-        tolerance: How much worse a round's plug-ins may make the average, judged by the sites'
-            validation data: the accuracy that may be lost, as a share (0.01 is one point), or,
-            where the task has no accuracy, the share by which its loss may grow. One that costs
-            more counts as failed. None: nobody judges.
+        on_error: Whether a round goes on without a plug-in that fails, or is held.
+        tolerance: How much worse plug-ins may make the average at the sites' validation data: the
+            accuracy lost, as a share (0.01 is one point), or, of a task without accuracy, the share
+            by which the loss grows. One that costs more counts as failed. None: nobody judges.
         references: Scores to draw beside the run's own, such as ``centralised = 0.881`` (accuracy)
             or ``"centralised.test.nll" = 0.36``; nothing depends on them.
     """

@@ -42,6 +42,7 @@ BRISK: dict[str, dict[str, Any]] = {
     "clsa": {"levels": ["0"]},
     "co_learning": {"epsilon": 1.0, "max_epochs": 4},
     "feddf": {"steps": 6, "batch_size": 8},
+    "feature_replay": {"memory": 4, "rotation_steps": 5, "steps": 5},
     "fedavgm": {"momentum": 0.5},
     "mbls": {"margin": 0.1},
     "one": {"ramp": 0.0},

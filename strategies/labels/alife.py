@@ -278,7 +278,7 @@ ROW = Row(
     },
     arms={
         "alife": {"strategy": [{"name": "alife", "new": 3}]},
-        "mib": {"strategy": [{"name": "alife", "new": 3, "keep": "mib", "kd": 10.0}]},
+        "mib": {"strategy": [{"name": "alife", "new": 3, "keep": "mib"}]},
         "distilled": {"strategy": [{"name": "alife", "new": 3, "keep": "kd"}]},
         "fine-tuned": {"strategy": [{"name": "alife", "new": 3, "keep": "none"}]},
     },

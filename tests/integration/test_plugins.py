@@ -151,3 +151,15 @@ def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(
     assert feddf(tolerated).state == "done"
     assert tolerated.model != plain[0].model
     assert farflung(field, "watch", run).returncode == 0
+
+
+def test_features_are_replayed_to_the_head_of_a_widened_model(field: Field) -> None:
+    strategy = [{"name": "alife", "new": 1}, {"name": "feature_replay", "memory": 4, "steps": 5}]
+    config = field.config("replayed", rounds=2, strategy=strategy)
+    rounds = complete(field, field.federation.launch(config))
+    for round in rounds:
+        plugin = next(p for p in round.plugins if p.name == "feature_replay")
+        assert plugin.state == "done", plugin.reason
+        # Three sites, at most three classes that the task knows, four of each; background may be none.
+        assert 2 * 3 * 4 <= plugin.report["features"] <= 3 * 3 * 4
+    assert rounds[-1].scores["test.accuracy"] > 0.3

@@ -31,7 +31,7 @@ SCORES = {
     "nll": ("test.nll", "val.nll"),
     "ece": ("test.ece", "val.ece"),
     "ece calibrated": ("test_calibrated.ece", "val_calibrated.ece"),
-    "coverage": ("test.coverage", "test_calibrated.coverage", "val.coverage"),
+    "coverage": ("test.coverage", "val.coverage"),
 }
 """What is compared, and where it is looked for: on test data, else on validation data."""
 

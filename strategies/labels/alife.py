@@ -207,7 +207,8 @@ def cayley(b: Tensor) -> Tensor:
     skew = (upper - upper.mT) / 2
     eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
     # (I - S) and (I + S)^-1 commute.
-    return torch.linalg.solve(eye + skew, eye - skew)
+    rotation: Tensor = torch.linalg.solve(eye + skew, eye - skew)
+    return rotation
 
 
 def rotation_loss(

@@ -100,7 +100,7 @@ class FeatureReplay(Strategy):
         with torch.no_grad():
             own = dict(before.named_parameters())
             for name in update.parameters:
-                own[name] += update.tensors[name].to(own[name])  # base = local + (base - local)
+                own[name].add_(update.tensors[name].to(own[name]))  # base = local + (base - local)
         seen = self._look(before, update.model, update.task)
         classes, d = seen.logits, seen.before.shape[1]
         counts = torch.bincount(seen.label, minlength=classes)
@@ -180,7 +180,7 @@ class FeatureReplay(Strategy):
             focal = (1 - torch.exp(-entropy)).square() * entropy
             loss = torch.where(fresh[rows], focal, self.replay * entropy).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         report = {"features": float(len(label)), "right_before": before}
         return {**report, "right_after": _right(head, carried, label)}
@@ -210,7 +210,7 @@ def carry(found: Mapping[str, Tensor], label: Tensor) -> Tensor:
     old, new = means.mean(dim=1).float()
     rotation = cayley(b).float()
     out = torch.empty_like(found["features"][:, 1:])
-    for c in label.unique().tolist():
+    for c in sorted(set(label.tolist())):
         rows = label == c
         out[rows] = (found["features"][rows, 1:] - old) @ rotation[c].mT + new
     return out

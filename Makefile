@@ -30,7 +30,7 @@ SEEDS ?=
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration bench bench-exchange bench-rounds bench-codec bench-peers env clean
+.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -71,6 +71,9 @@ evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEE
 evidence-calibration: $(READY_TO_DEVELOP) ## losses, maps and sets over five sites: SEEDS=6 (20 minutes)
 	$(BIN)/python -m benchmarks.calibration $(if $(SEEDS),--seeds $(SEEDS))
 	$(BIN)/python -m benchmarks.calibration_cost
+
+evidence-distillation: $(READY_TO_DEVELOP) ## what distillation at the orchestrator is worth: SEEDS=6
+	$(BIN)/python -m benchmarks.distillation $(if $(SEEDS),--seeds $(SEEDS))
 
 bench: bench-exchange bench-rounds bench-codec ## every benchmark of `farflung bench`
 

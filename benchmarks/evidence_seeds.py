@@ -11,6 +11,7 @@ strategies/measured, where `farflung strategies NAME` finds them.
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +39,14 @@ def task_source(module: str) -> str:
 
 
 def measured(result: Any) -> Scores:
-    """The scores of a run, and what it cost."""
+    """The scores of a run, what plug-ins reported of its last round, and what it cost."""
     return {
         **{name: float(value) for name, value in result.scores.items()},
+        **{
+            f"{plugin.name}.{key}": float(value)
+            for plugin in result.rounds[-1].plugins
+            for key, value in plugin.report.items()
+        },
         "exchanges": float(len(result.rounds)),
         "wire_bytes": float(result.wire_bytes),
         "seconds": float(result.seconds),
@@ -59,6 +65,10 @@ def run_seed(row: Row, seed: int, launch: Launch) -> Seed:
         ]
         took = out[arm]["seconds"]
         print(f"row {row.number} seed {seed} {arm}: {', '.join(shown)} [{took:.0f} s]", flush=True)
+    if row.beside:
+        module = importlib.import_module(f"benchmarks.tasks.{row.task}")
+        found: Seed = module.controls(seed)
+        out.update({arm: found[arm] for arm in row.beside})
     return out
 
 
@@ -70,6 +80,7 @@ def run_row(row: Row, seeds: int) -> list[Seed]:
         sites=[site.name for site in row.sites],
         tasks={row.task: task_source(row.task)},
         settings={site.name: dict(site.settings) for site in row.sites},
+        policy=row.policy,
     ) as federation:
         return [run_seed(row, seed, federation.run) for seed in range(seeds)]
 
@@ -86,9 +97,13 @@ def table(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
         "| arm | " + " | ".join(column.title for column in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
-    for arm in row.arms:
+    for arm in (*row.arms, *row.beside):
         cells = [_spread(seeds, arm, c.score, c.scale, c.digits) for c in columns]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    for score in row.scores:
+        of = [arm for arm in row.arms if score in seeds[0][arm]]
+        values = "; ".join(f"{arm} {_spread(seeds, arm, score, 1, 4)}" for arm in of)
+        lines += ["", f"{score}: {values}."]
     lines += ["", "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."]
     return "\n".join(lines)
 

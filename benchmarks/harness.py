@@ -45,6 +45,7 @@ class Federation:
         tasks: Task name to its source; the orchestrator has them too.
         settings: Settings of the tasks by site.
         daemon: Sections of ``farflung.toml``.
+        policy: Keys of [policy] at all sites.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Federation:
         tasks: Mapping[str, str],
         settings: Mapping[str, Mapping[str, Any]],
         daemon: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="farflung-"))
         tables = {
             site: {
                 "site": {"device": "cpu"},
                 "trainer": {"threads": 1},
+                "policy": dict(policy or {}),
                 "tasks": {
                     name: {"source": source, "settings": dict(settings.get(site, {}))}
                     for name, source in tasks.items()

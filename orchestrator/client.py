@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -25,8 +24,6 @@ from protos.v1 import operator_pb2, operator_pb2_grpc
 
 CALL_TIMEOUT_S = 60.0
 """For answers that the daemon has at hand; what moves files or waits has no limit."""
-
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Answered = TypeVar("Answered")
 Viewed = TypeVar("Viewed", bound=views.View)
@@ -173,7 +170,7 @@ class OperatorClient:
         request = operator_pb2.ExtendRequest(run=run, rounds=rounds)
         return self._one(views.Run, self._stub.Extend, request)
 
-    def export(self, run: str, round: str, directory: Path) -> list[Path]:
+    def export(self, run: str, round: str, directory: Path, of: str = "") -> list[Path]:
         """Write a round's model and what belongs to it into a folder.
 
         All files are complete and synced before the first one appears under its name.
@@ -182,8 +179,9 @@ class OperatorClient:
             run: Name or id.
             round: A number, "best", or empty for the last.
             directory: Made if it is not there; files of the same names are replaced.
+            of: A strategy whose files are wanted instead of the model.
         """
-        request = operator_pb2.ExportRequest(run=run, round=round)
+        request = operator_pb2.ExportRequest(run=run, round=round, of=of)
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
         try:
@@ -195,12 +193,19 @@ class OperatorClient:
             shutil.rmtree(staging)
         return [directory / name for name in names]
 
+    def kept(self, run: str, round: int, strategy: str) -> dict[str, bytes]:
+        """What a strategy keeps beside the model of a round: name to bytes."""
+        request = operator_pb2.ExportRequest(run=run, round=str(round), of=strategy)
+        with tempfile.TemporaryDirectory(prefix="farflung-kept-") as folder:
+            names = self._received(request, Path(folder))
+            return {name: (Path(folder) / name).read_bytes() for name in names}
+
     def _received(self, request: operator_pb2.ExportRequest, folder: Path) -> list[str]:
         """Write the parts of a stream; gives the names in the order in which they came."""
         names: list[str] = []
         try:
             for part in self._stub.Export(request):
-                if not FILE_NAME.fullmatch(part.name):
+                if not views.FILE_NAME.fullmatch(part.name):
                     raise InvalidInput(f"export: {part.name!r} is not a file name")
                 if part.name not in names:
                     names.append(part.name)

@@ -13,10 +13,11 @@ from orchestrator.launching import committed_round
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model
 from protos.digest import canonical
+from protos.errors import NotFound
 
 
 @contextmanager
-def exported(engine: Engine, name: str, which: str) -> Iterator[list[Path]]:
+def exported(engine: Engine, name: str, which: str, of: str = "") -> Iterator[list[Path]]:
     """The files of an export, in a folder that is gone afterwards.
 
     model.safetensors (with the manifest in its metadata), manifest.json, calibration.json,
@@ -26,9 +27,17 @@ def exported(engine: Engine, name: str, which: str) -> Iterator[list[Path]]:
         engine: The daemon's parts.
         name: The run.
         which: A round, "best", or empty for the last.
+        of: A strategy whose files are wanted instead; empty for the model.
+
+    Raises:
+        NotFound: There is no such run or round, or the strategy kept no file there.
     """
     run = engine.ledger.run(name)
     row = committed_round(engine, run, which)
+    if of:
+        with engine.scratch(f"export-{run.id}-{row.round}") as folder:
+            yield _kept(engine, row, of, folder)
+        return
     model = Model.of(row)
     with engine.scratch(f"export-{run.id}-{row.round}") as folder:
         out = folder / "out"
@@ -61,6 +70,26 @@ def exported(engine: Engine, name: str, which: str) -> Iterator[list[Path]]:
         _write(out / "config.json", run.config)
         (out / "MODEL_CARD.md").write_text(card(engine, run, row, model, facts))
         yield sorted(out.iterdir())
+
+
+def _kept(engine: Engine, row: RoundRow, strategy: str, folder: Path) -> list[Path]:
+    """What a strategy keeps beside the model of a round, as files."""
+    files: dict[str, Any] = row.summary.get("files", {})
+    owners = sorted({key.split("/")[0] for key in files})
+    if strategy not in owners:
+        raise NotFound(
+            f"round {row.round}: strategy {strategy} keeps no files there; "
+            f"those that do: {', '.join(owners) or 'none'}",
+            strategy=strategy,
+        )
+    out = []
+    for key, spec in sorted(files.items()):
+        owner, _, name = key.partition("/")
+        if owner == strategy:
+            path = folder / name
+            path.write_bytes(engine.store.get_bytes(spec["object"]))
+            out.append(path)
+    return out
 
 
 def _write(path: Path, document: Any) -> None:

@@ -57,6 +57,9 @@ def launch(engine: Engine, text: str, start_from: str, start_file: bytes) -> Run
     except Conflict:
         row = replace(row, name=_free_name(engine, config.name))
         engine.ledger.create_run(row)
+    stack = [c.model_dump(mode="json") for c in config.stack]
+    for name, text in engine.stack_facts(stack)["warnings"].items():
+        engine.note("warning", row.id, None, "", f"strategy {name}: {text}")
     return row
 
 

@@ -45,6 +45,7 @@ def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]
     kept += [best] if best else []
     for row in kept:
         keep |= set(Model.of(row).parts().values())
+        keep |= {f["object"] for f in row.summary.get("files", {}).values()}
     if run.parent is not None and not history:  # it has not begun: its first base is there still
         keep |= set(Model.of(ledger.round(*run.parent)).parts().values())
     if history:

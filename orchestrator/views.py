@@ -6,9 +6,13 @@ seconds; a number that is not known is None, never a made-up value.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of files that an export may hold."""
 
 SiteState = Literal[
     "never attached", "attached", "gone", "paused", "revoked",
@@ -106,14 +110,19 @@ class Plugin(View):
 
     Attributes:
         state: done, skipped (with the reason), or not asked for in this round.
+        seconds: Wall seconds, with the start of its process.
+        cpu_seconds: CPU seconds of all threads of its process, with its start.
         report: Numbers by name.
+        files: Digests of the files that it made in this round, by name.
     """
 
     name: str
     state: Literal["done", "skipped", "held"]
     reason: str = ""
     seconds: float | None = None
+    cpu_seconds: float | None = None
     report: dict[str, float] = {}
+    files: dict[str, str] = {}
 
 
 class Reliability(View):

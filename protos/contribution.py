@@ -31,7 +31,8 @@ MAX_BLOCK_HEAD = 256
 """An encoded block has at most twice the bytes of its raw tile and so many more: what a site may
 make the orchestrator spool and decode follows from the manifest."""
 
-Merge = Literal["sum", "mean by count", "concatenate", "keep per site"]
+Statistic = Literal["sum", "mean by count", "concatenate", "keep per site"]
+Merge = Statistic | Literal["condensed"]
 
 ASSESSMENTS = frozenset({"assess", "baseline", "reassess"})
 """Kinds of plans that are answered with side payloads only."""
@@ -46,7 +47,8 @@ class PayloadSpec(Frozen):
         dtype: As in a manifest.
         merge: sum equals the same statistic on the union of the data; mean by count weighs with
             the examples; concatenate joins along the first axis in site order; keep per site
-            does not merge.
+            does not merge; condensed is concatenate for examples that were made from a site's
+            data, which a site's policy treats apart.
     """
 
     name: str = Field(min_length=3, max_length=256, pattern=r"^[a-z0-9_]+/.+$")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from protos.contribution import Merge
+from protos.contribution import Statistic
 from protos.errors import ConfigInvalid
 from protos.plan import Name, first_problem, problem_key
 from site_agent.task_source import TaskSource
@@ -102,6 +102,8 @@ class PolicySection(Section):
         hours: Local time in which plans are accepted, "HH:MM-HH:MM"; may pass midnight.
         init: Whether this site may be asked for the first base of a run.
         side_payloads: Which merge rules of side payloads may leave.
+        condensed_data: Whether examples that were condensed from this site's data may leave. They
+            are made to train others as the data would, can look like it, and can't be taken back.
         error_text: code (class, file and line), or full (the message too).
         metrics: Names of metrics that may leave (``*`` matches anything), or "all".
     """
@@ -114,7 +116,8 @@ class PolicySection(Section):
     max_bytes: int | None = Field(None, ge=1)
     hours: Hours = "00:00-24:00"
     init: bool = True
-    side_payloads: tuple[Merge, ...] = ("sum", "mean by count")
+    side_payloads: tuple[Statistic, ...] = ("sum", "mean by count")
+    condensed_data: bool = False
     error_text: Literal["code", "full"] = "code"
     metrics: tuple[str, ...] | Literal["all"] = "all"
 
@@ -314,6 +317,9 @@ TEMPLATE = """\
 # hours = "00:00-24:00"      # local time in which plans are accepted
 # init = true                # may be asked for the first base of a run
 # side_payloads = ["sum", "mean by count"]    # also "concatenate", "keep per site"
+# condensed_data = false     # true lets synthetic examples leave that are made from this site's data.
+#                            # Privacy: they are optimised to stand in for the data, may resemble
+#                            # single samples, carry no guarantee, and can't be called back.
 # error_text = "code"        # class, file and line; "full" sends the message too
 # metrics = "all"            # or ["train_loss"]
 

@@ -78,6 +78,13 @@ def _folder(home: Home) -> Iterator[Finding]:
             )
     config = SiteConfig.load(home.config)
     yield Finding("configuration", "ok", f"{home.config} ({len(config.tasks)} tasks)")
+    if config.policy.condensed_data:
+        yield Finding(
+            "policy",
+            "warning",
+            "condensed_data = true: examples made from this site's data may leave, look like it, "
+            "and can't be called back",
+        )
     from site_agent.link.network import Network, in_words
 
     yield Finding("network", "ok", in_words(Network(config.network).facts()))

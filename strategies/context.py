@@ -242,9 +242,14 @@ class Refinement:
         weights: Weight of each site in the average, by site.
         load_site: Gives one site's full state (base - its update), one site at a time, mapped.
         payloads: Merged side payloads.
+        site_payloads: The same as each site sent them: by site, then by name. What a site did not
+            send is not there.
         device: Where to compute.
         scratch: A folder for temporary files.
         memo: The strategy's memo as ``plan`` left it; changes are saved with the round.
+        files: Files beside the model, by "strategy/name", as the last round left them. A strategy
+            may read all of them; what it puts under its own name is kept with the round, given
+            out by ``farflung export --of``, and drawn by the page if the page knows it.
     """
 
     round: int
@@ -254,9 +259,11 @@ class Refinement:
     weights: Mapping[str, float]
     load_site: Callable[[str], dict[str, Tensor]]
     payloads: Tensors = field(default_factory=dict)
+    site_payloads: Mapping[str, Tensors] = field(default_factory=dict)
     device: str = "cpu"
     scratch: Path | None = None
     memo: Memo = field(default_factory=dict)
+    files: MutableMapping[str, bytes] = field(default_factory=dict)
 
     def site_models(self) -> Iterator[tuple[str, float, dict[str, Tensor]]]:
         """(site, weight, state) of one site after the other."""

@@ -19,7 +19,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
     """Everything that can be said about a strategy without running it.
 
     Returns:
-        JSON: name, summary, family, paper, hooks, needs, fields (name, type, default,
+        JSON: name, summary, family, paper, hooks, needs, warning, fields (name, type, default,
         constraints, doc), degenerate (the hyperparameters that switch it off, or None), check (its
         row: number, claim, control, data, reproduced, measured (what `make evidence-seeds` wrote
         of this very row, or None); or None), doc.
@@ -45,6 +45,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "hooks": list(cls.hooks()),
         "needs": sorted(cls.needs),
+        "warning": cls.warning,
         "fields": [
             {
                 "name": name,

@@ -70,6 +70,7 @@ class Strategy(BaseModel):
         summary: One line.
         paper: Authors, title, year, identifier; empty if there is none.
         needs: What it reads or requires; checked at launch.
+        warning: What an operator has to weigh before it is used; said at launch.
         degenerate: Hyperparameters with which it changes nothing, to the bit, so that it equals
             the stack without it.
         wire_codec: Whether it sets ``Update.blocks`` and has ``decode`` (at most one per stack).
@@ -87,6 +88,7 @@ class Strategy(BaseModel):
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    warning: ClassVar[str] = ""
     degenerate: ClassVar[Mapping[str, Any] | None] = None
     wire_codec: ClassVar[bool] = False
     absolute_weights: ClassVar[bool] = False

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import strategies
@@ -53,6 +54,10 @@ class Row(NamedTuple):
         arms: For each arm the keys in which its run file differs.
         holds: From the scores of all seeds, what does not hold; empty if all does.
         reproduced: Whether the claim holds at this scale, as far as we have seen.
+        beside: Controls that are no federated runs: arms that ``controls(seed)`` of the task's
+            module gives scores of.
+        scores: Further scores that the table shows; those of plug-ins are "strategy.key".
+        policy: Keys of [policy] at all sites.
     """
 
     number: int
@@ -66,12 +71,19 @@ class Row(NamedTuple):
     arms: Mapping[str, Mapping[str, Any]]
     holds: Callable[[Sequence[Seed]], list[str]]
     reproduced: Literal["yes", "partly", "no"]
+    beside: Sequence[str] = ()
+    scores: Sequence[str] = ()
+    policy: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def digest(self) -> str:
         """Of what is run: figures that were measured with another one are of another row."""
         document = {**self._asdict(), "holds": None, "claim": None, "reproduced": None}
         document["sites"] = [[site.name, dict(site.settings)] for site in self.sites]
+        document["policy"] = dict(self.policy)
+        for name in ("beside", "scores", "policy"):  # rows without them keep their digest
+            if not document[name]:
+                del document[name]
         return digest(canonical(document))
 
     def config(self, arm: str, seed: int) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Task:
             shape (batch, classes) and targets are class indices), "logits", …
         embedding: Name of the submodule whose output embeds a sample, (batch, features);
             empty if there is none.
+        input_shape: Shape of one input, where inputs are single floating tensors; empty where they
+            are not, or vary. May be a property. Needed where inputs are generated.
 
     Args:
         params: Parameters of the run.
@@ -86,6 +88,7 @@ class Task:
     Settings: ClassVar[type[Options]] = Options
     features: ClassVar[frozenset[str]] = frozenset({"classification"})
     embedding: ClassVar[str] = ""
+    input_shape: tuple[int, ...] = ()
 
     def __init__(self, params: Any = None, settings: Any = None) -> None:
         self.params = params if params is not None else self.Params()
@@ -97,6 +100,13 @@ class Task:
         Tensors that don't require a gradient are placed ``frozen``: known by digest, never sent.
         """
         raise NotImplementedError
+
+    def student(self) -> nn.Module | None:
+        """A smaller model of the same inputs and outputs, for deployment, with random weights.
+
+        None: there is none. Only the orchestrator asks for it (strategy ``student``).
+        """
+        return None
 
     def train_data(self) -> Dataset[Any]:
         """This site's own training data; it never leaves."""

@@ -179,9 +179,11 @@ class FashionMnist(ImageTask):
 
         Attributes:
             width: Channels of both convolutions.
+            student_width: The same of the student (strategy `student`): 21 % of the parameters.
         """
 
         width: int = Field(16, ge=1, le=256)
+        student_width: int = Field(4, ge=1, le=256)
 
     class Settings(ImageTask.Settings):
         """What only this site knows; never sent.
@@ -198,10 +200,17 @@ class FashionMnist(ImageTask):
     settings: Settings
     mean = 0.2860
     deviation = 0.3530
+    input_shape = (1, 28, 28)
 
     def model(self) -> nn.Module:
         """The network: (n, 1, 28, 28) → (n, 10)."""
-        width = self.params.width
+        return self._network(self.params.width)
+
+    def student(self) -> nn.Module:
+        """The same with fewer channels."""
+        return self._network(self.params.student_width)
+
+    def _network(self, width: int) -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, width, kernel_size=4, stride=4),  # → (n, width, 7, 7)
             nn.ReLU(),
@@ -228,11 +237,14 @@ class Digits(ImageTask):
 
         Attributes:
             hidden: Widths of the hidden layers.
+            student_hidden: The same of the student (strategy `student`): 24 % of the parameters.
         """
 
         hidden: tuple[Width, ...] = Field((64,), max_length=8)
+        student_hidden: tuple[Width, ...] = Field((15,), max_length=8)
 
     params: Params
+    input_shape = (64,)
 
     def model(self) -> nn.Module:
         """The network: (n, 64) → (n, 10).
@@ -240,7 +252,14 @@ class Digits(ImageTask):
         Weights start as He et al. proposed for rectifiers (arXiv 1502.01852): torch's smaller
         default learns less in the first rounds (docs/evidence.md).
         """
-        widths = (64, *self.params.hidden)
+        return self._network(self.params.hidden)
+
+    def student(self) -> nn.Module:
+        """The same with narrower hidden layers."""
+        return self._network(self.params.student_hidden)
+
+    def _network(self, hidden: tuple[int, ...]) -> nn.Module:
+        widths = (64, *hidden)
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise((*widths, CLASSES)):
             layer = nn.Linear(fan_in, fan_out)

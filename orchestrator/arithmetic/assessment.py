@@ -16,7 +16,7 @@ SPLITS = ("val", "test", "val_calibrated", "test_calibrated")
 
 
 def _merge(name: str, rule: str, tensors: list[Tensor], examples: list[float]) -> Tensor | None:
-    if rule == "concatenate":
+    if rule in ("concatenate", "condensed"):
         return torch.cat(tensors)
     if any(t.shape != tensors[0].shape for t in tensors):
         shapes = [list(t.shape) for t in tensors]

@@ -26,6 +26,7 @@ def check_stack(args: dict[str, Any]) -> dict[str, Any]:
     stack = stack_of(args["stack"])
     return {
         "needs": sorted(stack.needs),
+        "warnings": {s.name: s.warning for s in stack.strategies if s.warning},
         "hooks": {s.name: list(s.hooks()) for s in stack.strategies},
         "fields": {s.name: s.model_dump(mode="json") for s in stack.strategies},
         "codec": stack.codec.name if stack.codec else "",

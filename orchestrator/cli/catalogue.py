@@ -90,7 +90,7 @@ def _explain(facts: dict[str, Any]) -> None:
     from orchestrator.toml_text import literal
 
     say(f"{facts['name']}  ({facts['family']})", "", facts["doc"], "")
-    for title in ("paper", "hooks", "needs"):
+    for title in ("paper", "hooks", "needs", "warning"):
         value = facts[title]
         if value:
             say(f"{title}: {value if isinstance(value, str) else ', '.join(value)}")

@@ -64,19 +64,30 @@ def export(
             show_default=False,
         ),
     ] = "",
+    of: Annotated[
+        str,
+        typer.Option(
+            "--of",
+            metavar="STRATEGY",
+            help="What this strategy keeps beside the model, instead of the model: a distilled "
+            "student, a tree.",
+            show_default=False,
+        ),
+    ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Write a model (safetensors) with manifest, calibration, configuration and model card.
 
     Example: `farflung export fashion --round best ./fashion-model`
+    Or, what was distilled beside it: `farflung export fashion --of student ./fashion-student`
     """
     from protos.errors import InvalidInput
 
     if round not in ("", "best") and not round.isdecimal():
         raise InvalidInput(f'--round: "{round}" is neither a number nor "best"')
     with operator(home) as client:
-        files = client.export(run, round, directory)
+        files = client.export(run, round, directory, of)
     if as_json:
         print_json({"directory": str(directory), "files": [file.name for file in files]})
         return

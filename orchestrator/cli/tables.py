@@ -167,7 +167,7 @@ def round_table(rounds: Sequence[views.Round]) -> Table:
 
 
 def notes(entry: views.Round) -> str:
-    """What is unusual about a round, in a few words."""
+    """What is unusual about a round, and what its plug-ins took, in a few words."""
     found = []
     if entry.attempt > 1:
         found.append(f"attempt {entry.attempt}")
@@ -176,9 +176,15 @@ def notes(entry: views.Round) -> str:
     if entry.state == "committed" and not entry.assessed:
         found.append("unassessed")
     found += [f"{p.name} {p.state}: {p.reason}" for p in entry.plugins if p.state != "done"]
+    found += [f"{p.name} {cost(p)}" for p in entry.plugins if p.cpu_seconds is not None]
     if entry.reason and (entry.missing or entry.state in ("held", "abandoned")):
         found.append(entry.reason)
     return "; ".join(found)
+
+
+def cost(plugin: views.Plugin) -> str:
+    """What a plug-in took, such as "3.1 s, CPU 5.2 s"."""
+    return f"{duration(plugin.seconds)}, CPU {duration(plugin.cpu_seconds)}"
 
 
 def work_table(entry: views.Round) -> Table:

@@ -48,6 +48,7 @@ def summary(
         "close_reason": closed.reason,
         "weights": candidate.weights,
         "payloads": candidate.payloads,
+        "files": candidate.files,
         "plugins": [p.model_dump(mode="json") for p in _plugins(candidate, assessed)],
         "assessed": assessed.done,
         "scores": _finite(assessed.scores),

@@ -235,6 +235,7 @@ class Candidate:
         memos: Strategies' memos so far.
         plugins: What refine did.
         payloads: Merged side payloads: name to {object, offset, nbytes, dtype, shape, merge}.
+        files: What strategies keep beside the model: "strategy/name" to {object, nbytes}.
         held: Why the round must be held; empty if it need not.
         average: What it was before plug-ins changed its model; None if none did.
     """
@@ -246,6 +247,7 @@ class Candidate:
     memos: dict[str, Any]
     plugins: tuple[Plugin, ...] = ()
     payloads: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
     held: str = ""
     average: Candidate | None = None
 

@@ -45,8 +45,8 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
     if run.parent is not None:
         parent = engine.ledger.round(*run.parent)
         # The map was fitted to this model, whatever the run is that goes on from it.
-        maps = parent.summary.get("calibration", {})
-        return _commit(engine, run, row.attempt, Model.of(parent), start, maps)
+        own = {key: parent.summary.get(key, {}) for key in ("calibration", "files")}
+        return _commit(engine, run, row.attempt, Model.of(parent), start, own)
     with engine.scratch(f"first-{run.id}") as folder:
         out = folder / "out"
         out.mkdir()
@@ -75,7 +75,7 @@ def _commit(
     attempt: int,
     model: Model,
     source: str,
-    calibration: dict[str, Any] | None = None,
+    own: dict[str, Any] | None = None,
 ) -> Outcome:
     row = engine.ledger.commit_round(
         run.id,
@@ -86,7 +86,7 @@ def _commit(
             "frozen": model.frozen,
             "orchestrator": model.orchestrator,
             "source": source,
-            "calibration": calibration or {},
+            **(own or {}),
             "finished": time.time(),
         },
     )

@@ -54,6 +54,7 @@ def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
         weights=weight,
         memos=planned.row.draft["memos"],
         payloads=merged,
+        files=planned.before.summary.get("files", {}),
     )
 
 

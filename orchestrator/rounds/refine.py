@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from orchestrator.compute.config import Limits
-from orchestrator.rounds.engine import Candidate, Engine, Planned
+from orchestrator.ledger import ContributionRow
+from orchestrator.rounds.engine import Candidate, Engine, Planned, payload_specs
 from orchestrator.rounds.gather import Closed
 from orchestrator.views import Plugin
 from protos.errors import FarflungError
@@ -60,12 +62,10 @@ def _one(
     with engine.scratch(f"refine-{planned.name}-{name}") as folder:
         out = folder / "out"
         out.mkdir()
-        payloads = {}
-        for key, spec in candidate.payloads.items():
-            path = folder / spec["object"]
-            if not path.exists():
-                path.write_bytes(engine.store.get_bytes(spec["object"]))
-            payloads[key] = {**spec, "path": str(path)}
+        payloads = {
+            name: {**spec, "path": _object(engine, spec["object"], folder)}
+            for name, spec in candidate.payloads.items()
+        }
         value = engine.compute.isolated(
             "refine",
             {
@@ -87,19 +87,52 @@ def _one(
                     for c in closed.contributions
                 ],
                 "payloads": payloads,
+                "site_payloads": {c.site: _sent(engine, c, folder) for c in closed.contributions},
                 "memo": candidate.memos.get(name, {}),
+                "files": {
+                    key: _object(engine, spec["object"], folder)
+                    for key, spec in candidate.files.items()
+                },
                 "out": str(out),
                 "device": "cpu",
             },
             limits,
         )
         model = engine.adopt_parts(value["parts"])
+        new = {key: _stored(engine, Path(path)) for key, path in value["files"].items()}
+    files = {**candidate.files, **new}
     plugin = Plugin(
-        name=name, state="done", seconds=time.monotonic() - start, report=value["report"]
+        name=name,
+        state="done",
+        seconds=time.monotonic() - start,
+        cpu_seconds=value["cpu_seconds"],
+        report=value["report"],
+        files={key.removeprefix(f"{name}/"): spec["object"] for key, spec in new.items()},
     )
     return replace(
         candidate,
         model=replace(model, frozen=planned.base.frozen),
         memos={**candidate.memos, name: value["memo"]},
         plugins=(*candidate.plugins, plugin),
+        files={key: files[key] for key in value["kept"]},
     )
+
+
+def _object(engine: Engine, name: str, folder: Path) -> str:
+    """An object of the store as a file in a scratch folder."""
+    path = folder / name
+    if not path.exists():
+        path.write_bytes(engine.store.get_bytes(name))
+    return str(path)
+
+
+def _stored(engine: Engine, path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"object": engine.store.put_bytes(data), "nbytes": len(data)}
+
+
+def _sent(engine: Engine, row: ContributionRow, folder: Path) -> dict[str, dict[str, Any]]:
+    """The side payloads of one site, in a file: a plug-in has no way to the store."""
+    specs = payload_specs(engine, row, folder)
+    path = str(engine.store.lend(row.index, folder)) if specs else ""
+    return {name: {**spec, "path": path} for name, spec in specs.items()}

@@ -11,6 +11,21 @@ from protos.plan import Plan
 from site_agent.config import PolicySection
 from site_agent.task_source import TaskSource
 
+CONDENSED = (
+    "examples condensed from this site's data, which may resemble single samples and carry no "
+    "privacy guarantee; they stay here unless the site's own people allow it"
+)
+
+
+def condenses(plan: Plan) -> bool:
+    """Whether a strategy says in the plan that it will send condensed examples.
+
+    It spares a site the training. What decides is the merge rule in the header, when the
+    contribution is to leave.
+    """
+    asked = plan.payload.values()
+    return any(isinstance(own, Mapping) and bool(own.get("condensed")) for own in asked)
+
 
 class Policy:
     """[policy] of site.toml, and the tasks that the site has.
@@ -53,6 +68,8 @@ class Policy:
                     f"{plan.work.amount:g} {plan.work.unit} of local work exceed {most:g}",
                     f"max_{plan.work.unit}",
                 )
+            if not section.condensed_data and condenses(plan):
+                self._refuse(f"the plan asks for {CONDENSED}", "condensed_data")
         local = (now or datetime.now().astimezone()).time()
         if not section.open_at(local):
             self._refuse(f"plans are accepted at {section.hours} only", "hours")
@@ -84,7 +101,10 @@ class Policy:
         if header.kind == "init":
             return  # allowed or not as a whole, by `init`
         for payload in header.payloads:
-            if payload.merge not in self._section.side_payloads:
+            if payload.merge == "condensed":
+                if not self._section.condensed_data:
+                    self._refuse(f"side payload {payload.name}: {CONDENSED}", "condensed_data")
+            elif payload.merge not in self._section.side_payloads:
                 self._refuse(
                     f'side payload {payload.name} ("{payload.merge}") may not leave',
                     "side_payloads",

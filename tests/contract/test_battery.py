@@ -43,11 +43,14 @@ BRISK: dict[str, dict[str, Any]] = {
     "co_learning": {"epsilon": 1.0, "max_epochs": 4},
     "feddf": {"steps": 6, "batch_size": 8},
     "feature_replay": {"memory": 4, "rotation_steps": 5, "steps": 5},
+    "fyi": {"iterations": 3, "least": 1, "flip": False},
     "fedavgm": {"momentum": 0.5},
     "mbls": {"margin": 0.1},
     "one": {"ramp": 0.0},
     "seed": {"queue": 32},
     "self_distillation": {"start": 1, "ramp": 1},
+    "soft_tree": {"steps": 4, "depth": 2},
+    "student": {"steps": 6, "batch_size": 8},
     "temperature": {"points": 16},
     "top_k": {"fraction": 0.3},
     "trimmed_mean": {"trim": 0.4},
@@ -222,6 +225,7 @@ def test_same_seed_same_bits(name: str) -> None:
     first, second = (LittleFederation([choice(name)], seed=5).run(2) for _ in range(2))
     assert same(flat_state(first), flat_state(second))
     assert first.memos == second.memos
+    assert first.files == second.files
     assert first.calibrations == second.calibrations
 
 
@@ -246,9 +250,11 @@ def test_its_state_survives_the_disk(name: str, tmp_path: Path) -> None:
     resumed = LittleFederation([choice(name)])
     restore(resumed, load_file(tmp_path / "s"))
     resumed.memos = json.loads(json.dumps(stopped.memos))
+    resumed.files = dict(stopped.files)
     resumed.summary = stopped.summary
     resumed.run(1)
     assert same(flat_state(straight), flat_state(resumed))
+    assert straight.files == resumed.files
 
 
 def restore(federation: LittleFederation, saved: dict[str, Tensor]) -> None:
@@ -271,7 +277,7 @@ def test_it_changes_something(name: str) -> None:
     """Else the comparison with its degenerate case would show nothing."""
     plain, with_it = LittleFederation([]).run(2), LittleFederation([choice(name)]).run(2)
     changed = not same(plain.model, with_it.model)
-    assert changed or with_it.calibrations or with_it.summary.payloads
+    assert changed or with_it.calibrations or with_it.summary.payloads or with_it.files
 
 
 @every
@@ -279,6 +285,7 @@ def test_switched_off_it_is_the_stack_without_it(name: str) -> None:
     plain, switched_off = LittleFederation([]).run(2), LittleFederation([off(name)]).run(2)
     assert same(plain.model, switched_off.model)
     assert plain.summary.scores == switched_off.summary.scores
+    assert not switched_off.files
     outputs = torch.randn(4, 3)
     for method, calibration in switched_off.calibrations.items():
         given = switched_off.stack.transform(outputs, {method: calibration.parameters})
@@ -350,5 +357,6 @@ def test_a_row_can_be_run_and_can_fail(number: int) -> None:
         assert set(config["cohort"]["sites"]) <= sites
         for entry in config["strategy"]:
             registry.make(entry["name"], {k: v for k, v in entry.items() if k != "name"})
-    nothing = {arm: defaultdict(lambda: 0.1, exchanges=99.0) for arm in row.arms}
+    arms = (*row.arms, *row.beside)
+    nothing = {arm: defaultdict(lambda: 0.1, exchanges=99.0) for arm in arms}
     assert row.holds([nothing]), "a row that can't fail shows nothing"

@@ -52,9 +52,10 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     field: Field, tmp_path: Path
 ) -> None:
     client = field.federation.client
-    plugins = ["co_learning", "self_distillation", "feddf", "temperature", "conformal"]
+    plugins = ["co_learning", "self_distillation", "feddf", "student", "temperature", "conformal"]
     strategy = [{"name": n} for n in plugins]
     strategy[2]["steps"] = 10  # type: ignore[assignment]
+    strategy[3] |= {"steps": 40, "learning_rate": 0.03}  # type: ignore[dict-item]
     run = field.federation.launch(field.config("learns", rounds=3, strategy=strategy))
     view, rounds = finished(field, run)
 
@@ -98,6 +99,16 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     sets = Conformal().sets(calibrated, maps["conformal"])
     covered = sets.gather(1, targets[:, None]).double().mean().item()
     assert covered == pytest.approx(rounds[-1].scores["test.coverage"])
+
+    client.export(run, "", tmp_path / "small", of="student")
+    student = task.student()
+    student.load_state_dict(load_file(tmp_path / "small" / "student.safetensors"))
+    with torch.no_grad():
+        own = (student(inputs).argmax(1) == targets).double().mean().item()
+    reports = [next(p for p in r.plugins if p.name == "student").report for r in rounds]
+    assert own == pytest.approx(reports[-1]["accuracy"])
+    assert own > 0.5
+    assert all(p.cpu_seconds for r in rounds for p in r.plugins if p.name in ("feddf", "student"))
 
     again = field.federation.launch(
         field.config("goes-on", rounds=1), start_from=f"{view.name}@best"

@@ -69,6 +69,9 @@ class Blobs(Task):
             teacher.weight.copy_(torch.randn(6, FEATURES, generator=draw))
         return teacher
 
+    def student(self) -> nn.Module:
+        return nn.Linear(FEATURES, CLASSES)
+
     def _data(self, seed: int, count: int) -> TensorDataset:
         draw = torch.Generator().manual_seed(seed)
         targets = torch.randint(CLASSES, (count,), generator=draw)

@@ -62,6 +62,9 @@ class LittleTask(Task):
     def teacher(self) -> nn.Module:
         return nn.Sequential(nn.Linear(FEATURES, 12), nn.BatchNorm1d(12))
 
+    def student(self) -> nn.Module:
+        return nn.Linear(FEATURES, CLASSES)
+
     def train_data(self) -> Dataset[Any]:
         return samples(100 + self.site, 16 + 8 * self.site, self.site)
 
@@ -85,6 +88,7 @@ class LittleFederation:
         calibrations: Maps of the last round.
         contributions: What the sites sent in the last round, decoded, by site.
         payloads: Their side payloads, unmerged.
+        files: What strategies keep beside the model.
     """
 
     def __init__(self, choices: Sequence[StrategyChoice], seed: int = 0, rounds: int = 4) -> None:
@@ -109,6 +113,7 @@ class LittleFederation:
         self.contributions: dict[str, dict[str, Tensor]] = {}
         self.payloads: dict[str, dict[str, SidePayload]] = {}
         self.plans: list[Draft] = []
+        self.files: dict[str, bytes] = {}
         self.reports: dict[str, dict[str, float]] = {}
 
     def build(self) -> nn.Module:
@@ -331,7 +336,9 @@ class LittleFederation:
 
         refinement = Refinement(
             number, self.seed, LittleTask(), model, weights, load_site,
-            dict(self.summary.payloads), memo=self.memos[name],
+            dict(self.summary.payloads),
+            {s: {n: p.tensor for n, p in own.items()} for s, own in self.payloads.items()},
+            memo=self.memos[name], files=self.files,
         )  # fmt: skip
         self.reports[name] = strategy.refine(refinement)
         self.memos[name] = refinement.memo
@@ -375,7 +382,7 @@ def merge(payloads: Sequence[SidePayload], cohort: Cohort) -> Tensor:
         case "mean by count":
             shares = (cohort.examples / cohort.examples.sum()).tolist()
             return torch.stack([w * t for w, t in zip(shares, tensors, strict=True)]).sum(dim=0)
-        case "concatenate":
+        case "concatenate" | "condensed":
             return torch.cat(tensors)
         case "keep per site":
             return torch.stack(tensors)

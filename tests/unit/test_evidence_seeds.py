@@ -28,7 +28,7 @@ class Answers:
     asked: list[str] = []  # noqa: RUF012
 
     def __init__(self, **given: Any) -> None:
-        assert set(given) == {"sites", "tasks", "settings"}
+        assert set(given) == {"sites", "tasks", "settings", "policy"}
         assert given["sites"] == list(given["settings"])
         (source,) = given["tasks"].values()
         assert Path(source.rpartition(":")[0]).exists()
@@ -43,7 +43,7 @@ class Answers:
         arm = config["name"].removeprefix("row-5-").rpartition("-seed-")[0]
         self.asked.append(config["name"])
         return SimpleNamespace(
-            rounds=[None] * config["rounds"],
+            rounds=[SimpleNamespace(plugins=())] * config["rounds"],
             scores={"test.accuracy": self.table[arm] / 100, "test.nll": 0.3},
             wire_bytes=1_000_000,
             seconds=2.0,

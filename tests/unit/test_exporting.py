@@ -204,6 +204,21 @@ def test_an_export_is_a_start(bench: Workbench, files: Path, tmp_path: Path) -> 
     assert (model.shared, model.frozen) == (row.model, row.summary["frozen"])
 
 
+def test_what_a_strategy_keeps_is_given_out_instead(bench: Workbench) -> None:
+    files = {
+        name: {"object": bench.store.put_bytes(data), "nbytes": len(data)}
+        for name, data in (("student/s.json", b"{}"), ("student/s", b"1"), ("other/s", b"2"))
+    }
+    bench.commit("r", 3, summary={"files": files})
+    with exported(bench.engine, "r", "3", of="student") as found:
+        assert {path.name: path.read_bytes() for path in found} == {"s": b"1", "s.json": b"{}"}
+    with (
+        pytest.raises(NotFound, match="soft_tree keeps no files there; those that do: other, st"),
+        exported(bench.engine, "r", "3", of="soft_tree"),
+    ):
+        pass
+
+
 def test_a_foreign_file_is_a_start_too(bench: Workbench, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -4,25 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from protos.errors import TaskFailed
-from strategies.context import Refinement
+from protos.plan import StrategyChoice
 from strategies.distillation.feddf import FedDF
 from strategies.distillation.softened import divergence
-from strategies.task import Task
-
-
-class Proxy(Task):
-    """A linear model and forty unlabelled inputs."""
-
-    def model(self) -> nn.Module:
-        return nn.Linear(4, 3)
-
-    def proxy_data(self) -> Dataset[Any] | None:
-        generator = torch.Generator().manual_seed(7)
-        return TensorDataset(torch.randn(40, 4, generator=generator))
+from tests.support.little_federation import LittleFederation
+from tests.support.refinements import SITES, Proxy, refinement, site_state
 
 
 class Bare(Proxy):
@@ -35,34 +25,6 @@ class Bare(Proxy):
 class Without(Proxy):
     def proxy_data(self) -> Dataset[Any] | None:
         return None
-
-
-SITES = ("east", "north", "south")
-
-
-def site_state(site: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(SITES.index(site))
-    return {
-        "weight": torch.randn(3, 4, generator=generator),
-        "bias": torch.randn(3, generator=generator),
-    }
-
-
-def refinement(task: Task | None = None, loaded: list[str] | None = None) -> Refinement:
-    task = task or Proxy()
-    model = task.model()
-    average = {
-        name: sum((site_state(s)[name] for s in SITES), torch.zeros(1)) / 3
-        for name in ("weight", "bias")
-    }
-    model.load_state_dict(average)
-
-    def load(site: str) -> dict[str, Tensor]:
-        if loaded is not None:
-            loaded.append(site)
-        return site_state(site)
-
-    return Refinement(3, 1, task, model, dict(zip(SITES, (10.0, 20.0, 70.0), strict=True)), load)
 
 
 def test_the_average_comes_closer_to_the_ensemble() -> None:
@@ -91,9 +53,62 @@ def test_the_teacher_is_the_mean_of_the_logits(teacher: str) -> None:
     with torch.no_grad():
         expected = float(divergence(mean, at.model(inputs), 2.0))
     strategy = FedDF.model_validate({"steps": 1, "teacher": teacher, "temperature": 2.0})
-    found = strategy.refine(at)["kl_before"]
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert (found < 1e-6) == (teacher == "uniform")
+    report = strategy.refine(at)
+    assert report["kl_before"] == pytest.approx(expected, abs=1e-6)
+    assert (report["kl_before"] < 1e-6) == (teacher == "uniform")
+    assert [report[f"teacher.{site}"] for site in SITES] == pytest.approx(shares)
+
+
+def test_teachers_weighed_by_calibration_speak_softer_and_count_by_their_likelihood() -> None:
+    """p = exp(-NLL) / sum, z / T: by hand, for NLL = ln 2, ln 4, ln 4 and T = 1, 2, 4."""
+    said = {"east": (1.0, 2.0), "north": (2.0, 4.0), "south": (4.0, 4.0)}
+    sent = {
+        site: {"feddf/calibration": torch.tensor([t, n]).double().log().double()}
+        for site, (t, n) in said.items()
+    }
+    for site, (t, _) in said.items():
+        sent[site]["feddf/calibration"][0] = t
+    at = refinement(site_payloads=sent)
+    inputs = Proxy().proxy_data().tensors[0]  # type: ignore[union-attr]
+    mean = torch.zeros(40, 3)
+    for share, site in zip((0.5, 0.25, 0.25), said, strict=True):
+        state = site_state(site)
+        mean += share / said[site][0] * (inputs @ state["weight"].T + state["bias"])
+    with torch.no_grad():
+        expected = float(divergence(mean, at.model(inputs), 1.0))
+    report = FedDF(steps=1, teacher="calibration").refine(at)
+    assert report["kl_before"] == pytest.approx(expected, abs=1e-6)
+    assert [report[f"teacher.{site}"] for site in said] == pytest.approx([0.5, 0.25, 0.25])
+    assert [report[f"temperature.{site}"] for site in said] == pytest.approx([1, 2, 4])
+
+
+def test_a_site_that_says_nothing_of_its_calibration_is_named() -> None:
+    with pytest.raises(TaskFailed, match="site east did not say how calibrated"):
+        FedDF(steps=1, teacher="calibration").refine(refinement())
+
+
+def test_sites_say_how_calibrated_they_are_only_if_asked() -> None:
+    choice = {"steps": 2, "teacher": "calibration"}
+    asked = LittleFederation([StrategyChoice(name="feddf", params=choice)]).run(1)
+    for own in asked.payloads.values():
+        assert own["feddf/calibration"].merge == "keep per site"
+        temperature, nll = own["feddf/calibration"].tensor.tolist()
+        assert temperature > 0
+        assert 0 < nll < 2
+    weights = [asked.reports["feddf"][f"teacher.{site}"] for site in asked.tasks]
+    assert sum(weights) == pytest.approx(1)
+    assert len(set(weights)) == 3
+    silent = LittleFederation([StrategyChoice(name="feddf", params={"steps": 2})]).run(1)
+    assert not any(silent.payloads.values())
+
+
+def test_patience_ends_what_no_longer_gains_at_its_best() -> None:
+    """The target is the student itself: nothing can be gained, so the second look is the last."""
+    at = refinement()
+    before = {k: v.clone() for k, v in at.model.state_dict().items()}
+    report = FedDF(steps=1000, patience=100, learning_rate=0.5).refine(at)
+    assert report["steps"] < 1000
+    assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in at.model.state_dict().items())
 
 
 def test_one_site_after_the_other() -> None:

@@ -106,6 +106,15 @@ def test_what_the_next_round_reads_stays(bench: Workbench) -> None:
     assert model(bench, 4.0) not in found
 
 
+def test_what_strategies_keep_stays_with_its_model(bench: Workbench) -> None:
+    old, new = (bench.store.put_bytes(data) for data in (b"old", b"new"))
+    bench.commit("r", 0)
+    bench.commit("r", 1, summary={"files": {"student/a": {"object": old, "nbytes": 3}}})
+    bench.commit("r", 2, summary={"files": {"student/a": {"object": new, "nbytes": 3}}})
+    assert {old, new} & kept(bench) == {new}
+    assert {old, new} <= kept(bench, RetentionSection(models="all", contributions=0))
+
+
 @pytest.mark.parametrize(("n", "rounds"), [(0, set()), (1, {3}), (2, {2, 3}), ("all", {1, 2, 3})])
 def test_the_last_n_rounds_keep_their_contributions(
     bench: Workbench, n: Any, rounds: set[int]

@@ -77,6 +77,22 @@ def test_side_payloads_leave_by_their_merge_rule() -> None:
     policy(side_payloads=["concatenate"]).check_contribution(header("concatenate"), 10)
 
 
+def test_condensed_examples_stay_unless_the_site_says_so() -> None:
+    """Whatever side payloads may leave; and a plan that asks for them costs no training."""
+    asking = plan_of(payload={"fyi": {"condensed": True}})
+    everything = ["sum", "mean by count", "concatenate", "keep per site"]
+    for closed in (policy(), policy(side_payloads=everything)):
+        with pytest.raises(PolicyRefused, match="may resemble single samples") as caught:
+            closed.check_plan(asking, NOON)
+        assert caught.value.facts["key"] == "policy.condensed_data"
+        with pytest.raises(PolicyRefused, match="may resemble single samples"):
+            closed.check_contribution(header("condensed"), 10)
+    allowed = policy(condensed_data=True, side_payloads=[])
+    allowed.check_plan(asking, NOON)
+    allowed.check_contribution(header("condensed"), 10)
+    policy().check_plan(plan_of(payload={"fyi": {"condensed": False}}), NOON)
+
+
 def test_size() -> None:
     with pytest.raises(PolicyRefused, match="a model of 11 bytes exceeds 10"):
         policy(max_bytes=10).check_size(11, "a model")

@@ -1,0 +1,127 @@
+"""D8: scikit-learn's 1,797 digits, 8 x 8: some with labels at the sites, many without at the orchestrator.
+
+No two sets share a picture. The digits are public, so every process reads all of them and keeps the
+part that its settings name.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from farflung import Options, Task
+
+CLASSES = 10
+LABELLED = 300
+"""Labels that the trees have which learn from labels."""
+
+
+class D8(Task):
+    """Digits and a perceptron with one hidden layer."""
+
+    input_shape = (1, 8, 8)
+
+    class Params(Options):
+        """The run's parameters.
+
+        Attributes:
+            seed: Of the division.
+            train: Training samples of all sites together.
+            proxy: Unlabelled samples at the orchestrator.
+            hidden: Width of the hidden layer.
+        """
+
+        seed: int = Field(0, ge=0, lt=2**32)
+        train: int = Field(400, ge=1)
+        proxy: int = Field(1000, ge=0)
+        hidden: int = Field(64, ge=1)
+
+    class Settings(Options):
+        """This site's part.
+
+        Attributes:
+            part: From 0 to parts - 1.
+            parts: Of how many.
+        """
+
+        part: int = Field(0, ge=0)
+        parts: int = Field(3, ge=1)
+
+    params: Params
+    settings: Settings
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, self.params.hidden),
+            nn.ReLU(),
+            nn.Linear(self.params.hidden, CLASSES),
+        )
+
+    def train_data(self) -> TensorDataset:
+        mine = np.array_split(self.division[0], self.settings.parts)[self.settings.part]
+        return self.data(mine)
+
+    def test_data(self) -> TensorDataset:
+        return self.data(self.division[2])
+
+    def proxy_data(self) -> TensorDataset:
+        return TensorDataset(self.data(self.division[1]).tensors[0])
+
+    def data(self, chosen: NDArray[np.int64]) -> TensorDataset:
+        """Some of the digits, with labels."""
+        pixels, labels = self._digits
+        rows = torch.from_numpy(chosen)
+        return TensorDataset(pixels[rows], labels[rows])
+
+    @cached_property
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        pixels = torch.from_numpy(found.data.astype(np.float32) / 16).view(-1, 1, 8, 8)
+        return pixels, torch.from_numpy(found.target.astype(np.int64))
+
+    @cached_property
+    def division(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of the training, proxy and test samples."""
+        order = np.random.default_rng(self.params.seed).permutation(len(self._digits[1]))
+        train, proxy = self.params.train, self.params.proxy
+        return order[:train], order[train : train + proxy], order[train + proxy :]
+
+
+def controls(seed: int) -> dict[str, dict[str, float]]:
+    """Trees of the same depth that learn from 300 labels: soft, and CART."""
+    from sklearn.tree import DecisionTreeClassifier
+
+    from strategies.context import seeded
+    from strategies.trees.soft_tree import SoftTree, grow
+
+    task, like = D8(D8.Params(seed=seed)), SoftTree()
+    inputs, labels = task.data(task.division[0][:LABELLED]).tensors
+    unseen, truth = task.test_data().tensors
+    tree = grow(
+        inputs,
+        F.one_hot(labels, CLASSES).float(),
+        depth=like.depth,
+        steps=like.steps,
+        learning_rate=like.learning_rate,
+        batch_size=like.batch_size,
+        strength=like.strength,
+        generator=seeded(seed, "hard"),
+    )
+    with torch.no_grad():
+        right = (tree(unseen).argmax(dim=1) == truth).double().mean()
+    cart = DecisionTreeClassifier(max_depth=like.depth, random_state=seed)
+    cart.fit(inputs.flatten(1).numpy(), labels.numpy())
+    return {
+        "labels": {"test.accuracy": float(right)},
+        "cart": {"test.accuracy": float(cart.score(unseen.flatten(1).numpy(), truth.numpy()))},
+    }

@@ -1,0 +1,1 @@
+"""What if data summaries travel instead of weights?"""

@@ -1,0 +1,146 @@
+"""Proxy data: inputs at the orchestrator on which teachers are asked and students learn.
+
+Labels are not needed, and not looked at. Where the inputs come from is a word in the run file:
+
+* ``task``: the orchestrator's own `Task.proxy_data`;
+* ``folder:PATH``: arrays of a folder of the orchestrator's machine;
+* ``condensed``: the examples that sites have condensed of their data (`condensation.fyi`);
+* ``generated``: made of noise by asking the sites' models (`distillation.generated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch import Tensor, nn
+
+from protos.errors import TaskFailed
+from strategies.context import Refinement
+from strategies.distillation.generated import generate
+
+Source = Annotated[str, Field(pattern=r"^(task|generated|condensed|folder:/.+)$")]
+"""Where proxy data comes from."""
+
+CONDENSED = "fyi/condensed.safetensors"
+"""The file in which `condensation.fyi` keeps what sites sent."""
+
+
+class Proxy:
+    """Inputs of a refinement, by position.
+
+    Args:
+        refinement: Its task joins samples to batches and runs models.
+        data: Samples; each is an input, bare or as a tuple of one.
+        samples: At most so many are used, the first ones.
+        batch_size: Inputs that go through a model at once.
+    """
+
+    def __init__(
+        self, refinement: Refinement, data: Sequence[Any], samples: int, batch_size: int
+    ) -> None:
+        self.data, self.task, self.device = data, refinement.task, refinement.device
+        self.size = min(len(data), samples)
+        self.batch_size = batch_size
+
+    def inputs(self, positions: Tensor) -> Any:
+        """The inputs of some samples, joined as the task joins them."""
+        batch = self.task.collate([self.data[i] for i in positions.tolist()])
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:
+            batch = batch[0]
+        return batch.to(self.device) if isinstance(batch, Tensor) else batch
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Logits of all samples on the CPU, (samples, classes, …), in evaluation mode."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            parts = [
+                self.task.forward(model, self.inputs(positions)).to("cpu", torch.float32)
+                for positions in self.batches(torch.arange(self.size))
+            ]
+        model.train(training)
+        return torch.cat(parts)
+
+    def shuffled(self, positions: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """Batches of positions, each once a pass, in a new order every pass, for ever."""
+        while True:
+            order = torch.randperm(len(positions), generator=generator)
+            yield from self.batches(positions[order])
+
+    def batches(self, positions: Tensor) -> list[Tensor]:
+        """Some positions in parts of the batch size."""
+        return list(torch.split(positions, self.batch_size))
+
+
+def proxy_of(
+    refinement: Refinement, source: str, samples: int, batch_size: int, strategy: str
+) -> Proxy:
+    """The proxy data of a refinement.
+
+    Raises:
+        TaskFailed: There is none at that source; says what to do.
+    """
+    kind, _, place = source.partition(":")
+    data: Any
+    match kind:
+        case "task":
+            data = refinement.task.proxy_data()
+            why = (
+                "the orchestrator's task has no proxy_data; the run's parameters of the task may "
+                'have to ask for it, or proxy = "folder:/PATH", "condensed" or "generated"'
+            )
+        case "folder":
+            data = arrays(Path(place), strategy)
+            why = f"there is no .npy or .safetensors file in {place}"
+        case "condensed":
+            stored = refinement.files.get(CONDENSED)
+            data = None if stored is None else load(stored)["inputs"].float()
+            why = 'no site has sent condensed examples; put "fyi" before it in the run\'s stack'
+        case _:
+            data = generate(refinement, samples, strategy)
+            why = "there are no site models"
+    if data is None or len(data) == 0:
+        raise TaskFailed(f"{strategy}: {why}", strategy=strategy)
+    return Proxy(refinement, cast("Sequence[Any]", data), samples, batch_size)
+
+
+def arrays(folder: Path, strategy: str) -> Tensor | None:
+    """The arrays of a folder, joined along their first axis in the order of their names.
+
+    Args:
+        folder: Holds ``*.npy`` (n, …) and ``*.safetensors`` with a tensor ``inputs`` (n, …), as the
+            task's model takes them. Other files are passed over.
+        strategy: Who asks, for errors.
+
+    Returns:
+        (n, …) float32; None where there is none.
+
+    Raises:
+        TaskFailed: The folder can't be read, or a file is not what its name says.
+    """
+    if not folder.is_dir():
+        raise TaskFailed(f"{strategy}: {folder} is no folder that can be read", strategy=strategy)
+    parts = []
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".npy":
+                parts.append(torch.from_numpy(np.load(path, allow_pickle=False)).float())
+            elif path.suffix == ".safetensors":
+                parts.append(load_file(path)["inputs"].float())
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise TaskFailed(
+                f"{strategy}: {path.name} holds no array of inputs ({type(error).__name__}); "
+                "give .npy files, or .safetensors with a tensor inputs",
+                strategy=strategy,
+            ) from None
+    shapes = {tuple(p.shape[1:]) for p in parts}
+    if len(shapes) > 1:
+        raise TaskFailed(f"{strategy}: the files of {folder} hold inputs of shapes {shapes}")
+    return torch.cat(parts) if parts else None

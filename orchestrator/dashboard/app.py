@@ -7,6 +7,7 @@
     /api/runs                   [views.Run]
     /api/runs/RUN               views.Run
     /api/runs/RUN/rounds        [views.Round]
+    /api/runs/RUN/rounds/N/kept/STRATEGY/NAME   a JSON file that a strategy keeps beside the model
     /api/events?run=RUN         views.Event, as server-sent events; resumes after Last-Event-ID
 
 The JSON is that of ``--json``. Whatever a viewer chose is in the page's address, so nothing is
@@ -19,7 +20,7 @@ import contextlib
 import ipaddress
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -37,7 +38,7 @@ from orchestrator.dashboard.assets import Assets
 from orchestrator.dashboard.guard import Guard, is_loopback
 from orchestrator.dashboard.stream import Events, EventStream, TooManyViewers
 from orchestrator.views import Daemon, Round, Run, Site
-from protos.errors import ERRORS, ConfigInvalid, FarflungError
+from protos.errors import ERRORS, ConfigInvalid, FarflungError, NotFound
 
 START_S = 10.0
 
@@ -76,6 +77,10 @@ class Operator(Protocol):
 
     def rounds(self, name: str) -> Sequence[Round]:
         """Its rounds, oldest first."""
+        ...
+
+    def kept(self, run: str, round: int, strategy: str) -> Mapping[str, bytes]:
+        """What a strategy keeps beside the model of a round: name to bytes."""
         ...
 
     def watch(self, run: str, after: int, follow: bool) -> Events:
@@ -125,6 +130,21 @@ def create_app(operator: Operator) -> Starlette:
     async def static(request: Request) -> Response:
         return assets.answer(request, request.path_params["path"])
 
+    def drawing(request: Request) -> bytes:
+        run, round, strategy, name = (
+            request.path_params[key] for key in ("run", "round", "strategy", "name")
+        )
+        if not name.endswith(".json"):
+            raise NotFound("the page is given JSON only; `farflung export --of` gives the rest")
+        files = operator.kept(run, round, strategy)
+        if name not in files:
+            raise NotFound(f"round {round}: strategy {strategy} keeps no file {name}")
+        return files[name]
+
+    async def kept(request: Request) -> Response:
+        body = await run_in_threadpool(drawing, request)
+        return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+
     async def events(request: Request) -> Response:
         name = request.query_params.get("run", "")
         runs = None
@@ -160,6 +180,7 @@ def create_app(operator: Operator) -> Starlette:
                 "/api/runs/{run}/rounds",
                 _json(list[Round], lambda r: list(operator.rounds(r.path_params["run"]))),
             ),
+            Route("/api/runs/{run}/rounds/{round:int}/kept/{strategy}/{name}", kept),
             Route("/api/events", events),
         ],
         middleware=[Middleware(Guard)],

@@ -129,6 +129,33 @@ def test_calibration_before_and_after_together_and_per_site(look: Look, url: str
     expect(chart(page, "reliability")).not_to_contain_text("cell")
 
 
+def test_teachers_share_a_chart_and_what_is_kept_is_drawn(
+    look: Look, url: str, tmp_path: Path
+) -> None:
+    page = opened(look(f"{url}#//strategies"))
+    teachers = chart(page, "feddf.teacher")
+    expect_drawn(teachers)
+    for site in ("north", "south", "east"):
+        expect(teachers.locator(".readout")).to_contain_text(site)
+    expect(page.locator('[data-strategy="feddf"]')).to_contain_text("CPU 5.2")
+    tree = chart(page, "tree")
+    expect(tree).to_contain_text("of 93.1\u202f% of inputs that it has not seen")
+    expect(tree.locator("svg text", has_text="sends it right")).to_be_visible()
+    assert tree.locator("svg path").count() > 60
+    examples = chart(page, "examples")
+    expect(examples).to_contain_text("sent in round 1: 10 from east, 10 from north, 10 from south")
+    expect(examples).to_contain_text("may resemble single samples")
+    expect(examples.locator("svg text", has_text="class 9")).to_be_visible()
+    with page.expect_download() as started:
+        tree.get_by_role("button", name="CSV:").click()
+    started.value.save_as(tmp_path / "tree.csv")
+    with (tmp_path / "tree.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 32
+    assert rows[0]["path"] == "LLLLL"
+    assert sum(float(row["share of samples"]) for row in rows) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("width", [360, 768, 1180])
 def test_narrow_windows(look: Look, url: str, width: int) -> None:
     page = opened(look(url, viewport={"width": width, "height": 800}))

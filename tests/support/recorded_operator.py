@@ -47,7 +47,7 @@ class Following:
 
 
 class RecordedOperator:
-    """The six methods that the dashboard reads, over a recording (None: nothing ever ran)."""
+    """What the dashboard reads, over a recording (None: nothing ever ran)."""
 
     def __init__(self, recording: Recording | None) -> None:
         self.recording = recording
@@ -74,6 +74,10 @@ class RecordedOperator:
     def rounds(self, name: str) -> Sequence[Round]:
         self.run(name)
         return self.recording.rounds() if self.recording else []
+
+    def kept(self, run: str, round: int, strategy: str) -> dict[str, bytes]:
+        self.run(run)
+        return self.recording.kept(strategy, round) if self.recording else {}
 
     def watch(self, run: str, after: int, follow: bool) -> Following:
         return Following(self, run, after, follow)

@@ -8,6 +8,7 @@ attempt, and the ensemble distillation of round 7 ran out of time.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -27,7 +28,10 @@ from orchestrator.views import (
 )
 
 NAMES = ("north", "south", "east")
-STRATEGIES = ("co_learning", "self_distillation", "feddf", "temperature", "conformal")
+STRATEGIES = (
+    "co_learning", "self_distillation", "feddf", "student", "soft_tree", "fyi", "temperature",
+    "conformal",
+)  # fmt: skip
 EPSILON = 0.05
 ROUND_S = 42.0
 NAN = (
@@ -277,7 +281,15 @@ class Recording:
         reports: dict[str, dict[str, float]] = {
             "co_learning": {"epochs": self.epochs[n - 1], "relative_change": self.change(n)},
             "self_distillation": {"kl": kl + 0.03, "agreement": 0.97 - kl / 2},
-            "feddf": {"kl_before": kl + 0.2, "kl_after": kl + 0.06, "steps": 120},
+            "feddf": {
+                "kl_before": kl + 0.2,
+                "kl_after": kl + 0.06,
+                "steps": 120,
+                **{f"teacher.{site}": weight for site, weight in self.teachers(n).items()},
+            },
+            "student": {"share": 0.21, "agreement": 0.97 - kl / 3, "kl": kl / 2},
+            "soft_tree": {"fidelity": 0.94 - kl / 4, "accuracy": self.accuracy(n) - 0.04},
+            "fyi": {"examples": 30.0},
             "temperature": {"temperature": 1.2 + 0.04 * n, "iterations": 7},
         }
         return tuple(
@@ -285,13 +297,89 @@ class Recording:
                 name=name,
                 state="skipped" if late and name == "feddf" else "done",
                 reason=TIMED_OUT if late and name == "feddf" else "",
-                seconds={"feddf": 3.1, "temperature": 0.3}.get(name),
+                seconds={"feddf": 3.1, "student": 4.2, "temperature": 0.3}.get(name),
+                cpu_seconds={"feddf": 5.2, "student": 6.0}.get(name),
+                files=self.files(name, n),
                 report={}
                 if late and name == "feddf"
                 else {key: round(value, 4) for key, value in report.items()},
             )
             for name, report in reports.items()
         )
+
+    def teachers(self, n: int) -> dict[str, float]:
+        """Weights of the sites' models in the ensemble."""
+        raw = {site: 1 + 0.4 * self.noise("teacher", site, n // 3) for site in self.names}
+        return {site: value / sum(raw.values()) for site, value in raw.items()}
+
+    def files(self, strategy: str, n: int) -> dict[str, str]:
+        """Digests of what a strategy made in a round."""
+        names = {"soft_tree": ["tree.json"], "fyi": ["condensed.json"] if n == 1 else []}
+        return {name: digest(strategy, name, n) for name in names.get(strategy, [])}
+
+    def kept(self, strategy: str, n: int) -> dict[str, bytes]:
+        """What a strategy keeps beside the model of a round."""
+        made = {"soft_tree": self._tree, "fyi": self._condensed}
+        return made[strategy](n) if strategy in made else {}
+
+    def _tree(self, n: int) -> dict[str, bytes]:
+        depth, side = 5, 8
+        inner = 2**depth - 1
+        reached = [1.0] + [0.0] * (2 * inner)
+        for k in range(1, 2 * inner + 1):
+            right = 0.5 + 0.35 * self.noise("right", (k - 1) // 2)
+            reached[k] = reached[(k - 1) // 2] * (1 - right if k % 2 else right)
+
+        def filter_of(k: int) -> list[int]:
+            x, y = (3.5 + 2.5 * self.noise(axis, k) for axis in "xy")
+            turn = 3 * self.noise("turn", k)
+            return [
+                round(100 * math.cos(turn + (i - x) * 0.9) * math.exp(-((j - y) ** 2) / 6))
+                for j in range(side)
+                for i in range(side)
+            ]
+
+        def leaf(k: int) -> list[int]:
+            best = int(abs(self.noise("leaf", k)) * 10) % 10
+            sure = round(75 + 20 * self.noise("sure", k))
+            return [sure if c == best else round((100 - sure) / 9) for c in range(10)]
+
+        tree = {
+            "depth": depth,
+            "shape": [side, side],
+            "inner": [
+                {"filter": filter_of(k), "bias": 0.0, "reached": reached[k]} for k in range(inner)
+            ],
+            "leaves": [{"p": leaf(k), "reached": reached[inner + k]} for k in range(inner + 1)],
+            "report": {"fidelity": 0.9312, "accuracy": 0.8444},
+        }
+        return {"tree.json": json.dumps(tree).encode(), "tree.safetensors": b"weights"}
+
+    def _condensed(self, n: int) -> dict[str, bytes]:
+        side, classes = 12, 10
+
+        def pixels(site: str, c: int) -> list[int]:
+            x, y = (5.5 + 2 * self.noise("blob", axis, c) for axis in "xy")
+            size = 6 + 4 * abs(self.noise("size", site, c))
+            near = [
+                math.exp(-((i - x) ** 2 + (j - y) ** 2) / size)
+                for j in range(side)
+                for i in range(side)
+            ]
+            return [
+                max(0, min(255, round(220 * v + 30 * self.noise(site, c, k))))
+                for k, v in enumerate(near)
+            ]
+
+        names = sorted(self.names)
+        facts = {
+            "round": n,
+            "sites": {site: {str(c): 1 for c in range(classes)} for site in names},
+            "shape": [1, side, side],
+            "pixels": [pixels(site, c) for site in names for c in range(classes)],
+            "classes": [c for _ in names for c in range(classes)],
+        }
+        return {"condensed.json": json.dumps(facts).encode()}
 
     def reliability(self, n: int) -> dict[str, Reliability]:
         """Ten bins, before and after the temperature."""

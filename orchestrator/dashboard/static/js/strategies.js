@@ -5,7 +5,8 @@ import { go, read } from "./address.js";
 import { copy, h } from "./dom.js";
 import { isShare, number, percent, seconds } from "./format.js";
 import { Group } from "./group.js";
-import { colour } from "./palette.js";
+import { Kept } from "./kept.js";
+import { colour, siteColour, siteDash } from "./palette.js";
 import { Panel } from "./panel.js";
 import { picture } from "./pen.js";
 import { one, small } from "./multiples.js";
@@ -13,6 +14,18 @@ import { axis, decided, Memory, shownOf } from "./series.js";
 import { nothing } from "./empty.js";
 
 const of = (round, name) => round.plugins.find((plugin) => plugin.name === name);
+
+/** Keys that say the same of several sites, "teacher.north", are one chart: name to [site, key]. */
+function charts(keys, sites) {
+  const found = new Map();
+  for (const key of keys) {
+    const site = sites.find((name) => key.endsWith(`.${name}`)) ?? "";
+    const name = site ? key.slice(0, -site.length - 1) : key;
+    if (site && found.get(name)?.some(([other]) => !other)) found.set(key, [["", key]]);
+    else found.set(name, [...(found.get(name) ?? []), [site, key]]);
+  }
+  return found;
+}
 
 /** A mark per round: full if it was done, hollow if it was skipped or held. */
 function states(rounds, name, width) {
@@ -55,18 +68,22 @@ export class Strategies {
     const seen = done.flatMap((round) => round.plugins.map((plugin) => plugin.name));
     const names = [...new Set([...run.strategies, ...seen])];
     this.empty.hidden = seen.length > 0;
-    for (const name of names) this.section(name, done, x);
+    for (const name of names) this.section(name, done, x, run);
     if (!names.length)
       this.root.replaceChildren(h("p", {}, "No strategy: plain federated averaging."));
   }
 
-  section(name, rounds, x) {
+  section(name, rounds, x, run) {
     let parts = this.sections.get(name);
     if (!parts) {
-      parts = { head: h("div", { class: "heading" }), grid: h("div", { class: "multiples" }) };
+      parts = {
+        head: h("div", { class: "heading" }),
+        grid: h("div", { class: "multiples" }),
+        kept: new Kept(name),
+      };
       this.sections.set(name, parts);
       this.root.append(
-        h("section", { class: "strategy", "data-strategy": name }, parts.head, parts.grid),
+        h("section", { class: "strategy", "data-strategy": name }, parts.head, parts.grid, parts.kept.node),
       );
     }
     const keys = [
@@ -74,20 +91,28 @@ export class Strategies {
     ];
     parts.grid.hidden = !keys.length;
     parts.head.replaceChildren(...this.headOf(name, rounds, keys.length));
-    for (const key of keys) {
+    parts.kept.update(run, rounds);
+    for (const [key, members] of charts(keys, run.sites)) {
       const id = `${name}.${key}`;
       if (!this.panels.has(id)) {
         const panel = new Panel(this.group, { id, title: key.replaceAll("_", " "), height: small });
         this.panels.set(id, panel);
         parts.grid.append(panel.node);
       }
-      const values = rounds.map((round) => of(round, name)?.report[key] ?? null);
-      const share = isShare(key) && values.every((v) => v === null || (v >= 0 && v <= 1));
+      const lines = members.map(([site, from]) => {
+        const values = rounds.map((round) => of(round, name)?.report[from] ?? null);
+        if (!site) return one("", values);
+        const k = run.sites.indexOf(site);
+        return one(site, values, { colour: () => siteColour(k), dash: siteDash(k), width: 1.5 });
+      });
+      const all = lines.flatMap((line) => line.values);
+      const share =
+        (isShare(key) || ["teacher", "fidelity"].includes(key)) && all.every((v) => v === null || (v >= 0 && v <= 1));
       this.panels.get(id).update({
         x,
         rounds,
-        lines: [one("", values)],
-        y: { share },
+        lines,
+        y: { share, zero: key === "teacher" },
         value: share ? (v) => percent(v) : (v) => number(v),
         choose: (round) => go({ view: "rounds", round }),
       });
@@ -99,8 +124,10 @@ export class Strategies {
     const bad = there.filter((round) => of(round, name).state !== "done");
     const took = there.map((round) => of(round, name).seconds).filter((t) => t !== null);
     const words = [];
-    if (took.length)
-      words.push(`${seconds(took.reduce((a, b) => a + b, 0) / took.length)} a round`);
+    const mean = (times) => seconds(times.reduce((a, b) => a + b, 0) / times.length);
+    if (took.length) words.push(`${mean(took)} a round`);
+    const burnt = there.map((round) => of(round, name).cpu_seconds ?? null).filter((t) => t !== null);
+    if (burnt.length) words.push(`CPU ${mean(burnt)}`);
     if (!rounds.length) words.push("nothing reported yet");
     else if (!keys) words.push("reports no numbers of its own");
     const last = bad.at(-1);
@@ -130,5 +157,6 @@ export class Strategies {
 
   destroy() {
     for (const panel of this.panels.values()) panel.destroy();
+    for (const { kept } of this.sections.values()) kept.destroy();
   }
 }

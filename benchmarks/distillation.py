@@ -1,17 +1,19 @@
 """What is distillation at the orchestrator worth, and what does it cost?
 
-    python -m benchmarks.distillation [--seeds 6] [--tasks digits,fashion_mnist]
+    python -m benchmarks.distillation [--seeds 6] [--tasks digits,fashion_mnist] [--keep FILE]
 
 Five sites with label skew (Dirichlet 0.1), through a real orchestrator and real site agents: the
 plain average with a student distilled beside it, and FedDF with each kind of teachers' weights and
 with generated inputs, all at equal rounds and equal local work. Seconds of a round are those of the
 plug-ins' own processes, wall and CPU, with their start. Writes its part of docs/evidence.md and
-exits 1 if a bar falls short.
+exits 1 if a bar falls short. With ``--keep`` every run's outcome is written down as soon as it is
+there, and is not run again: what was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.evidence_seeds import EVIDENCE, written
 from benchmarks.harness import Federation, RunResult
+from protos.digest import canonical
 
 ROOT = Path(__file__).resolve().parents[1]
 SITES = ("north", "south", "east", "west", "centre")
@@ -128,11 +131,38 @@ def outcome(result: RunResult, arm: str) -> Outcome:
     )
 
 
-def one_seed(federation: Federation, task: str, seed: int, rounds: int) -> Seed:
+class Kept:
+    """Outcomes that are there already: a line of JSON each.
+
+    Args:
+        path: The file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        self._found = {canonical(row["run"]): Outcome(*row["outcome"]) for row in rows}
+
+    def outcome(
+        self, federation: Federation, task: str, arm: str, seed: int, rounds: int
+    ) -> Outcome:
+        """Of a run: from the file, or by running it."""
+        run = config(task, arm, seed, rounds)
+        found = self._found.get(canonical(run))
+        if found is None:
+            found = outcome(federation.run(run), arm)
+            if self._path is not None:
+                with self._path.open("a") as file:
+                    file.write(json.dumps({"run": run, "outcome": list(found)}) + "\n")
+        return found
+
+
+def one_seed(federation: Federation, task: str, seed: int, rounds: int, kept: Kept) -> Seed:
     """All arms with one seed."""
     out = {}
     for arm in ARMS:
-        out[arm] = found = outcome(federation.run(config(task, arm, seed, rounds)), arm)
+        out[arm] = found = kept.outcome(federation, task, arm, seed, rounds)
         own = found.report.get("accuracy")
         beside = "" if own is None else f", student {100 * own:.2f} %"
         print(
@@ -232,14 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tasks", default=",".join(WORKLOADS), help="of digits, fashion_mnist")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
+    parser.add_argument(
+        "--keep", type=Path, help="a file of outcomes: those in it are not run again"
+    )
     options = parser.parse_args(arguments)
+    kept = Kept(options.keep)
     tasks = [task for task in options.tasks.split(",") if task in WORKLOADS]
     settings = {site: {"part": i, "parts": len(SITES)} for i, site in enumerate(SITES)}
     sources = {task: WORKLOADS[task].source for task in tasks}
     allowed = {"side_payloads": ["sum", "mean by count", "keep per site"]}
     with Federation(SITES, sources, settings, policy=allowed) as federation:
         measured = {
-            task: [one_seed(federation, task, s, options.rounds) for s in range(options.seeds)]
+            task: [
+                one_seed(federation, task, s, options.rounds, kept) for s in range(options.seeds)
+            ]
             for task in tasks
         }
     short = [line for task, seeds in measured.items() for line in shortfalls(task, seeds)]

@@ -159,7 +159,8 @@ class EnsembleDistillation(Strategy):
     def say_calibration(self, update: Update, batch_size: int = 256) -> None:
         """Add (T_k, NLL_k) of the trained model on the site's validation data to the update.
 
-        Temperature by `calibration.temperature` with its defaults; NLL in nats a sample after it.
+        Temperature by `calibration.temperature` with its defaults, at least 1; NLL in nats a sample
+        after it.
 
         Raises:
             TaskFailed: The site has no validation data.
@@ -186,6 +187,8 @@ class EnsembleDistillation(Strategy):
                 strategy=self.name,
             )
         said = (fitted.report["temperature"], fitted.report["nll_after"])
+        if said[0] < 1:  # softer, never louder: a skewed site finds its own narrow model right
+            said = (1.0, fitted.report["nll_before"])
         update.payloads[f"{self.name}/calibration"] = SidePayload(
             torch.tensor(said, dtype=torch.float64), "keep per site"
         )

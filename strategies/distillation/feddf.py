@@ -25,11 +25,13 @@ class FedDF(EnsembleDistillation):
 
         uniform       p_k = 1/K                             T_k = 1
         count         p_k = the weights of the average      T_k = 1
-        calibration   p_k ~ exp(-NLL_k)                     T_k fitted by the site
+        calibration   p_k ~ exp(-NLL_k)                     T_k >= 1, fitted by the site
 
     is minimised by Adam with a rate that falls to 0 along a cosine. NLL_k is that of the site's own
     model on its own validation data, in nats a sample after its temperature T_k: exp(-NLL_k) is the
     probability that it gives to the truth, and a model that is too sure of itself speaks softer.
+    Under strong label skew a site's own data can't tell a good model from a narrow one, and this
+    weighing does harm (docs/evidence.md): it is for sites whose data are alike.
 
     The site models are loaded one at a time, and only the mean of their logits is kept, so memory
     holds two models and one tensor (proxy samples, classes), however many sites there are. The

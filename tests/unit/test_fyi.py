@@ -40,7 +40,7 @@ class Bars(Task):
 
 def test_examples_meet_the_means_of_their_class() -> None:
     """The embedding is the input itself here, so the loss is the distance of the class means."""
-    task, strategy = Bars(), FYI(iterations=60, rate=0.3, real=40, flip=False)
+    task, strategy = Bars(), FYI(iterations=60, image_rate=0.3, real=40, flip=False)
     inputs, targets = strategy.condense(task, torch.Generator().manual_seed(1))
     assert inputs.shape == (2, 1, 4, 4)
     assert targets.tolist() == [0, 1]
@@ -51,7 +51,7 @@ def test_examples_meet_the_means_of_their_class() -> None:
 
 def test_an_example_need_not_show_both_sides_if_its_mirror_image_counts() -> None:
     """The mean of x and its mirror image must meet the class mean; x itself need not."""
-    strategy = FYI(iterations=60, rate=0.3, real=40)
+    strategy = FYI(iterations=60, image_rate=0.3, real=40)
     inputs, _ = strategy.condense(Bars(), torch.Generator().manual_seed(1))
     real, labels = Bars().train_data().tensors
     for label, made in zip((0, 1), inputs, strict=True):

@@ -168,7 +168,9 @@ class FYI(Strategy):
             made = embed(both.flatten(0, 1)).unflatten(0, (len(classes), -1)).mean(dim=1)
             loss = (made - truth).square().sum()
             if not math.isfinite(loss.item()):
-                raise TaskFailed("fyi: the loss is not finite; lower image_rate", strategy=self.name)
+                raise TaskFailed(
+                    "fyi: the loss is not finite; lower image_rate", strategy=self.name
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

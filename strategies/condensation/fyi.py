@@ -379,7 +379,7 @@ ROW = Row(
         "task": {"name": "patches"},
         "rounds": 1,
         "init": {"from": "site:site0"},
-        "cohort": {"quorum": "all", "deadline_s": 900.0},
+        "cohort": {"sites": [f"site{k}" for k in range(3)], "quorum": "all", "deadline_s": 900.0},
         "local": {
             "work": {"steps": 1},  # the newcomer takes the place of what is trained here
             "batch_size": 32,

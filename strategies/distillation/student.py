@@ -91,7 +91,7 @@ class Student(EnsembleDistillation):
             ``ece`` of the student, and ``accuracy_lost`` against the average.
 
         Raises:
-            TaskFailed: The task has no student, the student of the last round does not fit it,
+            TaskFailed: The task has no student, or one of other classes, the last round's does not fit it,
                 there is no proxy data, or the loss is not finite (the rate is too high).
         """
         if self.steps == 0:
@@ -99,6 +99,13 @@ class Student(EnsembleDistillation):
         student = self._student(refinement).to(refinement.device)
         proxy = proxy_of(refinement, self.proxy, self.samples, self.batch_size, self.name)
         targets, report = self.teach(refinement, proxy, self.teacher)
+        here, there = proxy.logits(student).shape[1], targets.shape[1]
+        if here != there:
+            raise TaskFailed(
+                f"student: it tells {here} classes apart where the model has {there}; "
+                "let the task's student() have as many",
+                strategy=self.name,
+            )
         student.train()
         made = self.train(student, refinement, proxy, targets)
         student.eval()

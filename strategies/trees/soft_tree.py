@@ -350,7 +350,7 @@ ROW = Row(
         "task": {"name": "d8"},
         "rounds": 4,
         "init": {"from": "site:site0"},
-        "cohort": {"quorum": "all", "deadline_s": 900.0},
+        "cohort": {"sites": [f"site{k}" for k in range(3)], "quorum": "all", "deadline_s": 900.0},
         "local": {
             "work": {"epochs": 20},
             "batch_size": 32,

@@ -356,7 +356,6 @@ def test_a_large_contribution_waits_for_its_turn_behind_its_head(site: Site) -> 
     assert not orchestrator.out_of_turn.wait(0.2)
     orchestrator.turn.set()
     orchestrator.contribution(plan)
-    orchestrator.turn_bytes = 0
 
 
 def test_status_pause_and_resume(site: Site) -> None:

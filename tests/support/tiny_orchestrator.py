@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -279,10 +280,11 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def read() -> None:
-            for message in said:
-                if not self.turn.is_set():
-                    self.out_of_turn.set()
-                messages.put(message)
+            with suppress(grpc.RpcError):  # the line was cut
+                for message in said:
+                    if not self.turn.is_set():
+                        self.out_of_turn.set()
+                    messages.put(message)
             messages.put(None)
 
         threading.Thread(target=read, daemon=True).start()

@@ -66,6 +66,8 @@ class Bench:
             "sites": {"north": {"val.accuracy": 0.5}},
             "reliability": {},
             "calibration": calibration,
+            "settled": {},
+            "awaited": False,
             "reports": {},
         }
         self.set(assess_module, "_evaluate", lambda *_: value)

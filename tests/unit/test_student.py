@@ -92,6 +92,13 @@ def test_it_says_what_is_missing() -> None:
     with pytest.raises(TaskFailed, match="another one than that of the last round"):
         Student(steps=1).refine(refinement(Another(), files=dict(at.files)))
 
+    class OfMoreClasses(WithStudent):
+        def student(self) -> nn.Module:
+            return nn.Linear(4, 5)
+
+    with pytest.raises(TaskFailed, match="5 classes apart where the model has 3"):
+        Student(steps=1).refine(refinement(OfMoreClasses()))
+
 
 def test_no_steps_keep_nothing() -> None:
     at = refinement(WithStudent())

@@ -3,8 +3,8 @@
 What a site has sent and nobody has read yet lies in memory, a window of its stream and the message
 that is being put together: 9 MiB measured. Uploads over fast lines are read one after the other in
 any case; letting all of them begin only fills their windows. So no more begin than are read with
-all the processors, unless those that run leave the machine idle: then their lines are slow, their
-windows stay empty, and as many again may begin.
+all the processors, unless those that run leave processors idle, or hardly bring anything: then
+their lines are slow, their windows stay empty, and as many again may begin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
+
 from protos.bulk import Chunk
 from protos.errors import Unavailable
 
@@ -25,12 +27,30 @@ LARGE_BYTES = 8 << 20
 AT_ONCE = max(4, os.cpu_count() or 1)
 """Uploads that may run however fast they are."""
 
-IDLE_BYTES_PER_S = 100e6
-"""What all uploads together carry at least where the processors are the limit. A core decrypts,
+IDLE_SHARE = 0.2
+"""Of the machine's processors; with so much left they are not the limit."""
+
+SLOW_BYTES_PER_S = 10e6
+"""Uploads that carry less together are slow, whatever the processors are busy with. A core decrypts,
 hashes and writes some 300 MB/s."""
 
 LOOK_S = 0.5
 """How long they are watched before more may begin."""
+
+
+class Processors:
+    """How busy this machine is."""
+
+    def __init__(self) -> None:
+        self._before = psutil.cpu_times()
+
+    def idle(self) -> float:
+        """Share of the processors' time with nothing to do, waiting for disks included."""
+        before, self._before = self._before, psutil.cpu_times()
+        spent = [b - a for a, b in zip(before, self._before, strict=True)]
+        free = self._before.idle - before.idle
+        free += getattr(self._before, "iowait", 0.0) - getattr(before, "iowait", 0.0)
+        return free / sum(spent) if sum(spent) > 0 else 1.0
 
 
 class Admission:
@@ -39,10 +59,16 @@ class Admission:
     Args:
         at_once: See `AT_ONCE`.
         look_s: See `LOOK_S`.
+        idle: Which share of the processors had nothing to do since it was last asked.
     """
 
-    def __init__(self, at_once: int = AT_ONCE, look_s: float = LOOK_S) -> None:
-        self._at_once, self._look_s = at_once, look_s
+    def __init__(
+        self,
+        at_once: int = AT_ONCE,
+        look_s: float = LOOK_S,
+        idle: Callable[[], float] | None = None,
+    ) -> None:
+        self._at_once, self._look_s, self._idle = at_once, look_s, idle or Processors().idle
         self._changed = threading.Condition()
         self._asking: deque[object] = deque()
         self._places, self._taken = at_once, 0
@@ -96,9 +122,11 @@ class Admission:
         watched_s = now - self._since
         if watched_s > 2 * self._look_s:  # nobody asked for a while: watch from now on
             self._carried, self._since = 0, now
+            self._idle()
         elif watched_s >= self._look_s:
-            idle = self._carried < IDLE_BYTES_PER_S * watched_s
-            self._places = 2 * self._taken if idle else self._at_once
+            slow = self._carried < SLOW_BYTES_PER_S * watched_s
+            more = self._idle() > IDLE_SHARE or slow
+            self._places = 2 * self._taken if more else self._at_once
             self._carried, self._since = 0, now
         return self._taken < self._places
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.admission import LARGE_BYTES, Admission
+from orchestrator.admission import LARGE_BYTES, Admission, Processors
 from protos.bulk import Chunk
 from protos.errors import Unavailable
 
@@ -52,7 +52,7 @@ def uploads() -> Iterator[list[Upload]]:
 
 
 def test_fast_uploads_wait_for_a_place_and_get_it_in_order(uploads: list[Upload]) -> None:
-    admission = Admission(at_once=1, look_s=0.05)
+    admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
     uploads.append(Upload(admission, fast=True))
     assert uploads[0].begun.wait(10)
     uploads.append(Upload(admission, fast=True))
@@ -67,13 +67,24 @@ def test_fast_uploads_wait_for_a_place_and_get_it_in_order(uploads: list[Upload]
 
 
 def test_uploads_over_slow_lines_all_run(uploads: list[Upload]) -> None:
-    admission = Admission(at_once=1, look_s=0.02)
+    admission = Admission(at_once=1, look_s=0.02, idle=lambda: 0.0)
     uploads += [Upload(admission) for _ in range(20)]
     assert all(upload.begun.wait(10) for upload in uploads)
 
 
+def test_fast_uploads_that_leave_processors_idle_all_run(uploads: list[Upload]) -> None:
+    admission = Admission(at_once=1, look_s=0.02, idle=lambda: 0.5)
+    uploads += [Upload(admission, fast=True) for _ in range(5)]
+    assert all(upload.begun.wait(10) for upload in uploads)
+
+
+def test_a_machine_is_never_less_than_idle_nor_more_than_busy() -> None:
+    processors = Processors()
+    assert 0 <= processors.idle() <= 1
+
+
 def test_after_slow_ones_fast_ones_take_turns_again(uploads: list[Upload]) -> None:
-    admission = Admission(at_once=1, look_s=0.05)
+    admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
     uploads += [Upload(admission) for _ in range(4)]
     assert all(upload.begun.wait(10) for upload in uploads)
     for upload in uploads:
@@ -94,7 +105,7 @@ def test_a_small_one_never_waits(uploads: list[Upload]) -> None:
 def test_one_that_goes_away_while_it_waits_gives_its_place_in_the_queue_to_the_next(
     uploads: list[Upload],
 ) -> None:
-    admission = Admission(at_once=1, look_s=0.05)
+    admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
     uploads += [Upload(admission, fast=True)]
     assert uploads[0].begun.wait(10)
     uploads += [Upload(admission, fast=True)]

@@ -132,6 +132,12 @@ class Group:
         for _, last in gone:
             if last.parent not in alive:
                 self._lost_s += last.own_s + last.reaped_s
+        bereaved = {last.parent for _, last in gone}
+        for member in [m for m in self._known if m[0] in bereaved]:
+            # Its child may have ended after it was read, and then was in neither of the two.
+            now = read(member[0])
+            if now is not None and now.started == member[1]:
+                self._known[member] = now
         cpu = self._lost_s + sum(r.own_s + r.reaped_s for r in self._known.values())
         return cpu, sum(r.rss_bytes for r in self._known.values())
 

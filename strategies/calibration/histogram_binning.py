@@ -65,12 +65,11 @@ class HistogramBinning(Strategy):
 
     def calibrate(self, sums: Tensors) -> Calibration | None:
         """Bins and their shares; None with too few samples."""
-        if "counts" not in sums:
+        found = top_label.tally(sums, self.at_least)
+        if found is None:
             return None
-        count, right = sums["counts"].double().clamp_min(0)
+        count, right = found
         n = float(count.sum())
-        if n < self.at_least:
-            return None
         # Bin of a narrow bin: how many edges of equal mass lie below its middle of mass.
         middle = (count.cumsum(0) - count / 2) / n
         index = (middle * self.bins).long().clamp(0, self.bins - 1)

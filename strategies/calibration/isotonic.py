@@ -60,12 +60,11 @@ class Isotonic(Strategy):
 
     def calibrate(self, sums: Tensors) -> Calibration | None:
         """The steps of the function; None with too few samples."""
-        if "counts" not in sums:
+        found = top_label.tally(sums, self.at_least)
+        if found is None:
             return None
-        count, right = sums["counts"].double().clamp_min(0)
+        count, right = found
         n = float(count.sum())
-        if n < self.at_least:
-            return None
         steps = pooled(count.tolist(), right.tolist())
         starts = torch.tensor([start for start, _, _ in steps])
         mass, hits = torch.tensor([step[1:] for step in steps], dtype=torch.float64).T

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from strategies import scores
 from strategies.augmentation.mixing import draw
+from strategies.calibration.acls import ROW as AS_ACLS
 from strategies.context import Step
 from strategies.protocol import Family, Need, Strategy
-from strategies.row import Row, Seed, Site, at_least, mean
+from strategies.row import Row, Seed, at_least, mean, merged
 
 
 class RankMixup(Strategy):
@@ -151,19 +152,8 @@ ROW = Row(
     control="cross-entropy, mixup",
     data="M5, 1,000 labels",
     task="m5blends",
-    sites=tuple(Site(f"site{k}", {"part": k, "parts": 3}) for k in range(3)),
-    run={
-        "rounds": 8,
-        "task": {"name": "m5blends", "params": {"train": 1000}},
-        "cohort": {"sites": [f"site{k}" for k in range(3)], "quorum": "all", "deadline_s": 900.0},
-        "local": {
-            "work": {"epochs": 5},
-            "batch_size": 32,
-            "lr": 0.05,
-            "optimizer": {"name": "sgd", "momentum": 0.9},
-        },
-        "assess": {"every": 1000},  # only the last round
-    },
+    sites=AS_ACLS.sites,
+    run=merged(dict(AS_ACLS.run), {"task": {"name": "m5blends"}}),
     arms={
         "ce": {"strategy": []},
         "mixup": {"strategy": [{"name": "mixup", "alpha": 1.0}]},

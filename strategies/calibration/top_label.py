@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies import scores
+from strategies.context import Tensors
 
 _LEAST = 1e-9
 """How far a confidence stays from 0 and 1, and the named class ahead of the next (in logits)."""
@@ -26,6 +27,17 @@ def counts(outputs: Tensor, targets: Tensor) -> Tensor:
     rows = torch.stack([torch.ones_like(predicted), predicted == truth]).to(torch.int32)
     out = torch.zeros(2, scores.FINE, dtype=torch.int32, device=rows.device)
     return out.index_add_(1, scores.fine_bin(confidence), rows)
+
+
+def tally(sums: Tensors, at_least: int) -> tuple[Tensor, Tensor] | None:
+    """Samples and right ones of each narrow bin from pooled `counts`, (1000,) float64 each.
+
+    None with fewer samples than ``at_least``. Counts below zero, which noise makes, are none.
+    """
+    if "counts" not in sums:
+        return None
+    count, right = sums["counts"].double().clamp_min(0)
+    return None if float(count.sum()) < at_least else (count, right)
 
 
 def middles() -> Tensor:

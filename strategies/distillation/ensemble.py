@@ -159,8 +159,8 @@ class EnsembleDistillation(Strategy):
     def say_calibration(self, update: Update, batch_size: int = 256) -> None:
         """Add (T_k, NLL_k) of the trained model on the site's validation data to the update.
 
-        Temperature by `calibration.temperature` with its defaults, at least 1; NLL in nats a sample
-        after it.
+        Temperature by `calibration.temperature`, however little it changes, at least 1; NLL in nats
+        a sample after it.
 
         Raises:
             TaskFailed: The site has no validation data.
@@ -168,7 +168,7 @@ class EnsembleDistillation(Strategy):
         task, model = update.task, update.model
         if task is None or model is None:
             raise LookupError(f"{self.name}: the update has no task or model")
-        fitting = Temperature()
+        fitting = Temperature(certainty=0)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         outputs, targets = [], []
         data = task.val_data()

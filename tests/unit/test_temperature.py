@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from strategies import scores
 from strategies.calibration.temperature import Temperature, minimum, slope_and_value
 
-STRATEGY = Temperature(prior=0)
+STRATEGY = Temperature(prior=0, certainty=0)
 """Plain maximum likelihood: what a central fit does without a word about it."""
 
 
@@ -68,6 +68,42 @@ def test_any_split_gives_the_temperature_of_the_union(
         assert found == pytest.approx(expected, rel=1e-6)
     elif expected <= 0.05 or expected >= 20:
         assert found in (pytest.approx(0.05), pytest.approx(20.0))
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), truth=st.floats(0.85, 1.2), sites=st.integers(1, 5))
+def test_the_union_decides_whether_there_is_anything_to_cure(
+    seed: int, truth: float, sites: int
+) -> None:
+    """As one data set would have: a central fit, and the ratio of its likelihoods."""
+    quantile = 2.705543454095404  # of chi-squared, one degree of freedom, at 0.9
+    logits, targets = problem(seed, 300, 4, 4.0, truth)
+    where = torch.randint(0, sites, (300,), generator=torch.Generator().manual_seed(seed))
+    sure = Temperature(prior=0, certainty=0.9)
+    parts = [sure.evaluate(logits[where == k], targets[where == k]) for k in range(sites)]
+    expected = central(logits, targets)
+    z = logits.double()
+    nll = [float(F.cross_entropy(z / t, targets, reduction="sum")) for t in (1.0, expected)]
+    ratio = 2 * (nll[0] - nll[1])
+    if abs(ratio - quantile) > 1e-5:
+        wanted = expected if ratio > quantile else 1.0
+        assert fitted(sure, parts) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_an_honest_model_is_left_alone_as_often_as_it_says() -> None:
+    logits = torch.randn(60_000, 5, generator=torch.Generator().manual_seed(0)) * 3
+    targets = torch.multinomial(
+        logits.softmax(1), 1, generator=torch.Generator().manual_seed(1)
+    ).squeeze(1)
+    sure = Temperature(certainty=0.9, points=32)
+    pairs = zip(logits.split(300), targets.split(300), strict=True)
+    changed = [fitted(sure, [sure.evaluate(z, y)]) != 1 for z, y in pairs]
+    assert 0.04 < sum(changed) / len(changed) < 0.17
+    calibration = sure.calibrate(sure.evaluate(logits, targets))
+    assert calibration is not None
+    if calibration.parameters["temperature"] == 1:
+        assert sure.transform(logits, calibration.parameters) is logits
+        assert calibration.report["nll_after"] == calibration.report["nll_before"]
 
 
 def test_derivatives_are_those_of_autograd() -> None:
@@ -140,7 +176,8 @@ def test_without_an_error_the_prior_keeps_confidence_finite() -> None:
     )
     targets = torch.arange(4).repeat(30)
     assert fitted(STRATEGY, [STRATEGY.evaluate(logits, targets)]) == pytest.approx(0.05)
-    kept = fitted(Temperature(), [Temperature().evaluate(logits, targets)])
+    strategy = Temperature(certainty=0)
+    kept = fitted(strategy, [strategy.evaluate(logits, targets)])
     assert 0.3 < kept < 1.5
 
 
@@ -149,7 +186,7 @@ def test_without_an_error_the_prior_keeps_confidence_finite() -> None:
 def test_the_prior_is_one_more_sample_of_any_class(seed: int, sites: int) -> None:
     logits, targets = problem(seed, 80, 3, 4.0, 2.0)
     where = torch.randint(0, sites, (80,), generator=torch.Generator().manual_seed(seed))
-    strategy = Temperature(prior=2.0)
+    strategy = Temperature(prior=2.0, certainty=0)
     parts = [strategy.evaluate(logits[where == k], targets[where == k]) for k in range(sites)]
     found = fitted(strategy, parts)
 

@@ -133,37 +133,30 @@ def named(workload: str, skew: str, seed: int, what: str) -> str:
     return f"{workload}-{skew.split()[0].lower()}-{seed}-{what}"
 
 
-def trained(federation: Federation, workload: str, skew: str, seed: int) -> RunResult:
-    """The run with cross-entropy, and a temperature; it makes the first model that all others have."""
-    name = named(workload, skew, seed, CE)
-    return federation.run(config(name, seed, workload, skew, [{"name": "temperature"}]))
-
-
 def one_seed(federation: Federation, workload: str, seed: int) -> Seed:
     """All arms of a workload with one seed."""
     out: Seed = {}
+    first = ""  # the first run makes the model that all others begin with
     for skew in SKEWS:
-        cell: dict[str, Arm] = {CE: arm(trained(federation, workload, skew, seed))}
         ce = named(workload, skew, seed, CE)
+        file = config(ce, seed, workload, skew, [{"name": "temperature"}], first)
+        cell: dict[str, Arm] = {CE: arm(federation.run(file))}
+        first = first or f"{ce}@0"
         for margin in MARGINS:
             acls: dict[str, Any] = {"name": "acls", "margin": margin}
             name = named(workload, skew, seed, f"acls-{margin:g}")
-            file = config(name, seed, workload, skew, [acls, {"name": "temperature"}], f"{ce}@0")
+            file = config(name, seed, workload, skew, [acls, {"name": "temperature"}], first)
             cell[f"{ACLS} {margin:g}"] = arm(federation.run(file))
         for name in MAPS[1:]:
             run = named(workload, skew, seed, name)
             file = config(run, seed, workload, skew, [{"name": name}], f"{ce}@{ROUNDS}")
             cell[name] = arm(federation.run(still(file)))
         out[f"{workload}, {skew}"] = cell
-        print(
-            f"seed {seed} {workload}, {skew}: "
-            + "; ".join(
-                f"{name} ECE {100 * found['ece']:.2f}, {100 * found['calibrated ece']:.2f} after "
-                f"the map, accuracy {100 * found['accuracy']:.2f}"
-                for name, found in cell.items()
-            ),
-            flush=True,
-        )
+        eces = {
+            name: (round(100 * found["ece"], 2), round(100 * found["calibrated ece"], 2))
+            for name, found in cell.items()
+        }
+        print(f"seed {seed} {workload}, {skew}: ECE before and after the map {eces}", flush=True)
     return out
 
 
@@ -186,9 +179,11 @@ def sets_of(federation: Federation, workload: str, splits: int) -> Sets:
     """Coverage of the sets of a workload's first seed."""
     out: Sets = {}
     conformal: dict[str, Any] = {"name": "conformal", "alpha": ALPHA}
+    first = ""
     for skew in SKEWS:
         start = named(workload, skew, 0, "sets")
-        federation.run(config(start, 0, workload, skew, []))
+        federation.run(config(start, 0, workload, skew, [], first))
+        first = first or f"{start}@0"
         found = out[f"{workload}, {skew}"] = []
         for draw in range(splits):
             name = named(workload, skew, 0, f"sets-{draw}")

@@ -70,7 +70,7 @@ ARMS = (
     (ACLS, ACLS, ""),
     (CHOSEN, CHOSEN, ""),
     *((name, name, CALIBRATED) for name in MAPS),
-    (f"{CHOSEN}, temperature", CHOSEN, CALIBRATED),
+    *((f"{name}, temperature", name, CALIBRATED) for name in (ACLS, CHOSEN)),
 )
 """Lines of the table: title, arm, and whether after the map."""
 
@@ -278,7 +278,7 @@ def part(seeds: Sequence[Seed], sets: Sets, short: Sequence[str]) -> str:
             ]
             cells.append(_spread([s[name][after + "nll"] for s in there], 1, 3))
             lines.append(f"| {titled(cell)} | {len(there)} | {title} | " + " | ".join(cells) + " |")
-    lines += ["", "Margins that validation chose, seed by seed:"]
+    lines += ["", "Margins that validation chose, seed by seed:", ""]
     for cell in CELLS:
         chosen = [f"{seed[cell][CHOSEN]['margin']:g}" for seed in seeds if cell in seed]
         if chosen:

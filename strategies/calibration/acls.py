@@ -32,7 +32,11 @@ class ACLS(Strategy):
     The first term lowers a top logit that is too high. The second lifts those that lie too far
     below it, and only those: the stop-gradient keeps it off the top logit. Both act in proportion
     to the excess (adaptive), and not at all within the margin (conditional). The margin decides: it
-    is a logit, so the right one depends on task and model, and is chosen on validation data.
+    is a logit, so the right one depends on task and model, and is chosen on validation data. In a
+    federation that is the data of all sites and the averaged model, which is less sure than any of the
+    models that were trained with the margin: where the average of cross-entropy is calibrated
+    already, a margin below its logits makes it under-confident (`docs/evidence.md`, calibration of
+    every round). A larger one does not, and a `temperature` behind it cures that, too.
 
     It reads no labels. Outputs (n, classes, …) may have further dimensions: positions are samples,
     and a classifier's with a negative target are left out.

@@ -11,6 +11,8 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 from torch.nn import functional as F
 
+from orchestrator.arithmetic.assessment import SPLITS
+from protos.plan import StrategyChoice
 from strategies import scores
 from strategies.calibration import top_label
 from strategies.calibration.histogram_binning import HistogramBinning
@@ -18,6 +20,7 @@ from strategies.calibration.isotonic import Isotonic
 from strategies.calibration.vector_scaling import VectorScaling, unpacked
 from strategies.context import Calibration
 from strategies.protocol import Strategy
+from strategies.stack import Stack
 from tests.unit.test_temperature import problem
 
 MAPS: tuple[Strategy, ...] = (HistogramBinning(), Isotonic(), VectorScaling())
@@ -173,3 +176,27 @@ def test_one_newton_step_gets_most_of_what_there_is() -> None:
 def test_too_many_classes_are_refused_by_what_to_do() -> None:
     with pytest.raises(ValueError, match="use temperature"):
         VectorScaling().evaluate(torch.zeros(2, 101), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", [*(s.name for s in MAPS), "temperature"])
+def test_all_that_a_site_sends_for_calibration_is_below_64_kb_at_ten_classes(name: str) -> None:
+    """Both exchanges of a round: scores of two sets before and after the map, its sums, and sets'."""
+    stack = Stack([StrategyChoice(name=name), StrategyChoice(name="conformal")])
+    logits, targets = problem(0, 50, 10, 3.0, 1.0)
+    own = scores.narrowed(scores.sums(logits, targets))
+    sent = {f"{split}/{key}": v for key, v in own.items() for split in SPLITS}
+    for split in ("val", "test"):
+        sent |= stack.observe(logits, targets, split)
+    released = stack.release(sent | stack.evaluate(logits, targets))
+    assert (
+        sum(v.numel() * v.element_size() for v in released.values()) < 62_500
+    )  # and 1.5 KB of headers
+
+
+def test_sums_in_fp32_give_the_same_map() -> None:
+    stack = Stack([StrategyChoice(name="vector_scaling")])
+    sums = stack.evaluate(*problem(2, 3000, 10, 6.0, 2.0))
+    exact, sent = (stack.calibrate(s)["vector_scaling"] for s in (sums, stack.release(sums)))
+    assert stack.release(sums)["vector_scaling/moments"].dtype == torch.float32
+    for key in ("scale", "shift"):
+        assert sent.parameters[key] == pytest.approx(exact.parameters[key], rel=1e-4, abs=1e-5)

@@ -128,6 +128,11 @@ def arm(result: RunResult) -> Arm:
     return out
 
 
+def temperature(workload: str) -> dict[str, Any]:
+    """The map that all runs have; copies of a picture are no pictures more to its test."""
+    return {"name": MAPS[0], "repeats": WORKLOADS[workload].params.get("copies", 1)}
+
+
 def named(workload: str, skew: str, seed: int, what: str) -> str:
     """The name of a run."""
     return f"{workload}-{skew.split()[0].lower()}-{seed}-{what}"
@@ -139,13 +144,13 @@ def one_seed(federation: Federation, workload: str, seed: int) -> Seed:
     first = ""  # the first run makes the model that all others begin with
     for skew in SKEWS:
         ce = named(workload, skew, seed, CE)
-        file = config(ce, seed, workload, skew, [{"name": "temperature"}], first)
+        file = config(ce, seed, workload, skew, [temperature(workload)], first)
         cell: dict[str, Arm] = {CE: arm(federation.run(file))}
         first = first or f"{ce}@0"
         for margin in MARGINS:
             acls: dict[str, Any] = {"name": "acls", "margin": margin}
             name = named(workload, skew, seed, f"acls-{margin:g}")
-            file = config(name, seed, workload, skew, [acls, {"name": "temperature"}], first)
+            file = config(name, seed, workload, skew, [acls, temperature(workload)], first)
             cell[f"{ACLS} {margin:g}"] = arm(federation.run(file))
         for name in MAPS[1:]:
             run = named(workload, skew, seed, name)
@@ -187,7 +192,7 @@ def sets_of(federation: Federation, workload: str, splits: int) -> Sets:
         found = out[f"{workload}, {skew}"] = []
         for draw in range(splits):
             name = named(workload, skew, 0, f"sets-{draw}")
-            strategy = [{"name": "temperature"}, conformal]
+            strategy = [temperature(workload), conformal]
             file = config(name, 0, workload, skew, strategy, f"{start}@{ROUNDS}", draw)
             result = federation.run(still(file))
             sites = [s.scores["test.coverage"] for s in result.rounds[-1].sites]
@@ -227,14 +232,11 @@ def shortfalls(seeds: Sequence[Seed], sets: Sets) -> list[str]:
         if lost > 2.5:
             out.append(f"{cell}: acls costs {lost:.2f} points of accuracy, the bar is 2.5")
         calibrated = mean(seeds, cell, CE, "calibrated ece")
+        done = f"ECE from {before:.2f} to {calibrated:.2f}"
         if before >= 5 and calibrated > 0.5 * before:
-            out.append(
-                f"{cell}: temperature cuts ECE from {before:.2f} to {calibrated:.2f}, the bar is 50 %"
-            )
+            out.append(f"{cell}: temperature cuts {done}, the bar is 50 %")
         if calibrated > before + 0.3:
-            out.append(
-                f"{cell}: temperature raises ECE from {before:.2f} to {calibrated:.2f}, the bar is 0.3"
-            )
+            out.append(f"{cell}: temperature raises {done}, the bar is 0.3")
         arms = [seed[cell][CE] for seed in seeds if cell in seed]
         if any(ce["accuracy"] != ce["calibrated accuracy"] for ce in arms):
             out.append(f"{cell}: temperature changed the accuracy")
@@ -283,9 +285,8 @@ def part(seeds: Sequence[Seed], sets: Sets, short: Sequence[str]) -> str:
         chosen = [f"{seed[cell][CHOSEN]['margin']:g}" for seed in seeds if cell in seed]
         if chosen:
             lines.append(f"- {titled(cell)}: {', '.join(chosen)}")
-    lines += ["", *coverage(sets)]
-    lines += ["", "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."]
-    return "\n".join(lines)
+    judged = "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."
+    return "\n".join([*lines, "", *(coverage(sets) if sets else []), "", judged])
 
 
 def coverage(sets: Sets) -> list[str]:
@@ -301,12 +302,12 @@ def coverage(sets: Sets) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cell, found in sets.items():
-        pooled = [100 * c["pooled"] for c in found]
+        pooled = _spread([c["pooled"] for c in found], 100)
         low, high, size = (
             statistics.fmean(c[k] for c in found) for k in ("lowest", "highest", "size")
         )
         lines.append(
-            f"| {titled(cell)} | {len(found)} | {statistics.fmean(pooled):.2f} ± {_deviation(pooled):.2f} "
+            f"| {titled(cell)} | {len(found)} | {pooled} "
             f"| {100 * low:.1f} | {100 * high:.1f} | {size:.2f} |"
         )
     return lines
@@ -320,11 +321,8 @@ def titled(cell: str) -> str:
 
 def _spread(values: Sequence[float], scale: float, digits: int = 2) -> str:
     scaled = [scale * value for value in values]
-    return f"{statistics.fmean(scaled):.{digits}f} ± {_deviation(scaled):.{digits}f}"
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    deviation = statistics.stdev(scaled) if len(scaled) > 1 else 0.0
+    return f"{statistics.fmean(scaled):.{digits}f} ± {deviation:.{digits}f}"
 
 
 # -- running --------------------------------------------------------------------------------------

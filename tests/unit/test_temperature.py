@@ -85,9 +85,11 @@ def test_the_union_decides_whether_there_is_anything_to_cure(
     z = logits.double()
     nll = [float(F.cross_entropy(z / t, targets, reduction="sum")) for t in (1.0, expected)]
     ratio = 2 * (nll[0] - nll[1])
-    if abs(ratio - quantile) > 1e-5:
-        wanted = expected if ratio > quantile else 1.0
-        assert fitted(sure, parts) == pytest.approx(wanted, rel=1e-6)
+    for repeats in (1, 3):
+        if abs(ratio / repeats - quantile) > 1e-5:
+            wanted = expected if ratio / repeats > quantile else 1.0
+            counted = sure.model_copy(update={"repeats": repeats})
+            assert fitted(counted, parts) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_an_honest_model_is_left_alone_as_often_as_it_says() -> None:

@@ -170,7 +170,9 @@ class OperatorClient:
         request = operator_pb2.ExtendRequest(run=run, rounds=rounds)
         return self._one(views.Run, self._stub.Extend, request)
 
-    def export(self, run: str, round: str, directory: Path, of: str = "") -> list[Path]:
+    def export(
+        self, run: str, round: str, directory: Path, of: str = "", stored: bool = False
+    ) -> list[Path]:
         """Write a round's model and what belongs to it into a folder.
 
         All files are complete and synced before the first one appears under its name.
@@ -180,8 +182,9 @@ class OperatorClient:
             round: A number, "best", or empty for the last.
             directory: Made if it is not there; files of the same names are replaced.
             of: A strategy whose files are wanted instead of the model.
+            stored: Whether the model is wanted with everything that only training needs.
         """
-        request = operator_pb2.ExportRequest(run=run, round=round, of=of)
+        request = operator_pb2.ExportRequest(run=run, round=round, of=of, stored=stored)
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
         try:

@@ -9,28 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.config import RunConfig
 from orchestrator.launching import committed_round
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model
 from protos.digest import canonical
-from protos.errors import NotFound
+from protos.errors import ConfigInvalid, NotFound
 
 
 @contextmanager
-def exported(engine: Engine, name: str, which: str, of: str = "") -> Iterator[list[Path]]:
+def exported(
+    engine: Engine, name: str, which: str, of: str = "", stored: bool = False
+) -> Iterator[list[Path]]:
     """The files of an export, in a folder that is gone afterwards.
 
     model.safetensors (with the manifest in its metadata), manifest.json, calibration.json,
-    config.json and MODEL_CARD.md.
+    config.json and MODEL_CARD.md. The model is what is deployed: the ``export`` hooks of the run's
+    strategies have taken away what only training needs (docs/adr/0018).
 
     Args:
         engine: The daemon's parts.
         name: The run.
         which: A round, "best", or empty for the last.
         of: A strategy whose files are wanted instead; empty for the model.
+        stored: Whether the model is wanted as it is stored, with everything that training needs.
 
     Raises:
         NotFound: There is no such run or round, or the strategy kept no file there.
+        ConfigInvalid: A strategy changes what is exported, and this orchestrator has no such task.
     """
     run = engine.ledger.run(name)
     row = committed_round(engine, run, which)
@@ -42,22 +48,26 @@ def exported(engine: Engine, name: str, which: str, of: str = "") -> Iterator[li
     with engine.scratch(f"export-{run.id}-{row.round}") as folder:
         out = folder / "out"
         out.mkdir()
-        parts = list(engine.part_args(folder, model).values())
-        facts = engine.ask(
-            "to_safetensors",
-            {
-                "parts": parts,
-                "out": str(out / "model.safetensors"),
-                "metadata": {
-                    "farflung.run": run.id,
-                    "farflung.round": str(row.round),
-                    "farflung.model": model.shared,
-                    "farflung.version": __version__,
-                },
-            },
-        )
-        manifest = engine.store.manifest(engine.store.index(model.shared).manifest)
-        _write(out / "manifest.json", json.loads(manifest.encoded))
+        changed_by = [] if stored else _exporters(engine, run)
+        parts = engine.part_args(folder, model)
+        metadata = {
+            "farflung.run": run.id,
+            "farflung.round": str(row.round),
+            "farflung.model": model.shared,
+            "farflung.version": __version__,
+        }
+        args = {"out": str(out / "model.safetensors"), "metadata": metadata}
+        if changed_by:
+            metadata["farflung.exported_by"] = ", ".join(changed_by)
+            facts = engine.isolated(
+                "deploy", {**_built_by(engine, run, row), **args, "parts": parts}
+            )
+            _write(out / "manifest.json", json.loads(facts["manifest"]))
+        else:
+            facts = engine.ask("to_safetensors", {**args, "parts": list(parts.values())})
+            manifest = engine.store.manifest(engine.store.index(model.shared).manifest)
+            _write(out / "manifest.json", json.loads(manifest.encoded))
+        facts["changed_by"] = changed_by
         _write(
             out / "calibration.json",
             {
@@ -70,6 +80,32 @@ def exported(engine: Engine, name: str, which: str, of: str = "") -> Iterator[li
         _write(out / "config.json", run.config)
         (out / "MODEL_CARD.md").write_text(card(engine, run, row, model, facts))
         yield sorted(out.iterdir())
+
+
+def _exporters(engine: Engine, run: RunRow) -> list[str]:
+    """The strategies of a run that change what is exported."""
+    config = RunConfig.from_resolved(run.config)
+    hooks = engine.stack_facts([c.model_dump(mode="json") for c in config.stack])["hooks"]
+    names = [name for name, own in hooks.items() if "export" in own]
+    if names and config.task.name not in engine.config.tasks:
+        raise ConfigInvalid(
+            f"run {run.name}: {' and '.join(names)} would take away what only training needs, but "
+            f"this orchestrator does not have the task {config.task.name}; add "
+            f"[tasks.{config.task.name}] to {engine.home.config_file}, or ask for the model as it is "
+            "stored (--stored)",
+            key="tasks",
+        )
+    return names
+
+
+def _built_by(engine: Engine, run: RunRow, row: RoundRow) -> dict[str, Any]:
+    config = RunConfig.from_resolved(run.config)
+    return {
+        "task": engine.task(config),
+        "stack": [c.model_dump(mode="json") for c in config.stack],
+        "seed": config.seed,
+        "round": row.round,
+    }
 
 
 def _kept(engine: Engine, row: RoundRow, strategy: str, folder: Path) -> list[Path]:
@@ -129,6 +165,14 @@ def card(engine: Engine, run: RunRow, row: RoundRow, model: Model, facts: dict[s
         f"| rounds | {row.round} of {run.rounds} |",
         f"| sites in this round | {', '.join(summary.get('counted', [])) or 'none'} |",
     ]
+    if facts["changed_by"]:
+        names = ", ".join(f"`{name}`" for name in facts["changed_by"])
+        lines.append(
+            f"| deployed | {facts['parameters']:,} of the {facts['stored']:,} parameters that were "
+            f"trained; {names} took the others away |"
+        )
+    if facts.get("at_sites"):
+        lines.append(f"| not here, each site has its own | {', '.join(facts['at_sites'])} |")
     for site, why in sorted(summary.get("missing", {}).items()):
         lines.append(f"| not in this round | {site}: {_in_a_cell(why)} |")
     lines += ["", "## Scores", ""]

@@ -7,12 +7,13 @@ import time
 import uuid
 from dataclasses import replace
 
+from orchestrator.compute.errors import PluginNotIsolated
 from orchestrator.config import RunConfig, parse_run
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import parse_start
 from orchestrator.viewing import best_round
-from protos.errors import ConfigInvalid, Conflict, InvalidInput, NotFound
+from protos.errors import ConfigInvalid, Conflict, FarflungError, InvalidInput, NotFound
 
 MAX_START_BYTES = 8 << 30
 
@@ -110,8 +111,36 @@ def _check_strategies(engine: Engine, config: RunConfig) -> RunConfig:
             f"{engine.home.config_file}",
             key="strategy",
         )
+    if checked["asks_task"] and config.task.name in engine.config.tasks:
+        _check_task(engine, config)
     stack = tuple(c.model_copy(update={"params": checked["fields"][c.name]}) for c in config.stack)
     return config.model_copy(update={"strategy": stack})
+
+
+def _check_task(engine: Engine, config: RunConfig) -> None:
+    """Have the orchestrator's own task asked for what the strategies need of it.
+
+    Where the orchestrator does not have it, the sites are asked before they train.
+    """
+    args = {
+        "task": engine.task(config),
+        "stack": [c.model_dump(mode="json") for c in config.stack],
+        "seed": config.seed,
+    }
+    try:
+        engine.isolated("check_task", args)
+    except PluginNotIsolated:
+        return  # whatever needs it will say so
+    except ConfigInvalid as error:
+        raise ConfigInvalid(
+            f"run.toml: task {config.task.name}: {error.message}", key="strategy"
+        ) from None
+    except FarflungError as error:
+        raise ConfigInvalid(
+            f"run.toml: task {config.task.name}: whether it has what the strategies need can't be "
+            f"said: {error.message}",
+            key="task.name",
+        ) from error
 
 
 def _check_start(

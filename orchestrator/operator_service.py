@@ -179,7 +179,8 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
         self, request: operator_pb2.ExportRequest, context: grpc.ServicerContext
     ) -> Iterator[operator_pb2.FilePart]:
         """The files of an export, in parts; a file's parts follow one another."""
-        with exported(self._engine, request.run, request.round, request.of) as files:
+        asked = (request.run, request.round, request.of, request.stored)
+        with exported(self._engine, *asked) as files:
             for path in files:
                 yield operator_pb2.FilePart(name=path.name, data=b"")
                 with path.open("rb") as file:

@@ -45,6 +45,8 @@ Need = Literal[
     "logits",  # outputs are logits (batch, classes)
     "site id",  # tells sites apart
     "proxy data",  # Task.proxy_data at the orchestrator
+    "student",  # Task.student at the orchestrator: a smaller model for deployment
+    "teacher",  # Task.teacher: a frozen model that embeds inputs
     "orchestrator task",  # the task stands in [tasks] of the orchestrator's configuration
     "our training loop",  # the task does not own its loop
     "individual updates",  # sees single contributions: conflicts with secure aggregation
@@ -69,7 +71,8 @@ class Strategy(BaseModel):
         family: The folder whose question it answers.
         summary: One line.
         paper: Authors, title, year, identifier; empty if there is none.
-        needs: What it reads or requires; checked at launch.
+        needs: What it reads or requires; checked at launch where the orchestrator has the task,
+            else before a site trains. `needed` says it of one instance.
         warning: What an operator has to weigh before it is used; said at launch.
         degenerate: Hyperparameters with which it changes nothing, to the bit, so that it equals
             the stack without it.
@@ -242,10 +245,19 @@ class Strategy(BaseModel):
     # -- export ---------------------------------------------------------------------------------
 
     def export(self, model: nn.Module) -> nn.Module:
-        """What is deployed."""
+        """What is deployed, of a model that holds a committed round; asked by ``farflung export``.
+
+        In evaluation mode its outputs have to be those of the model as it was: scores and
+        calibration map are theirs. Runs in a child process, like ``refine``.
+        """
         return model
 
     # -- helpers --------------------------------------------------------------------------------
+
+    @property
+    def needed(self) -> frozenset[Need]:
+        """``needs`` with these hyperparameters, some of which may make one needless."""
+        return self.needs
 
     @classmethod
     def overrides(cls, hook: str) -> bool:

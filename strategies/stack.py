@@ -19,7 +19,8 @@ from protos.manifest import Manifest, Tile
 from protos.plan import Plan, StrategyChoice
 from strategies.context import Calibration, Cohort, Draft, Memo, Moment, Step, Tensors, Update
 from strategies.manifest import describe
-from strategies.protocol import Need, Strategy
+from strategies.needs import AT_BOTH_ENDS, check_needs
+from strategies.protocol import Strategy
 from strategies.registry import make
 from strategies.task import Task
 
@@ -36,7 +37,8 @@ class Stack:
     Raises:
         ConfigInvalid: A name is unknown, a hyperparameter is wrong, a strategy stands twice, or two
             of them claim what only one may own (reduce, the loss, wire codec, calibration map),
-            one reads labels that another blends, or one that changes the model has a phase.
+            one reads labels that another blends, one adds to a loss where another owns the whole
+            step, or one that changes the model has a phase.
     """
 
     def __init__(self, choices: Sequence[StrategyChoice]) -> None:
@@ -64,6 +66,14 @@ class Stack:
                 raise ConfigInvalid(
                     f"strategy: {blender} blends the labels that {' and '.join(readers)} would read; "
                     "remove one",
+                    key="strategy",
+                )
+        stepper = self.owner("local_step")
+        for other in self.having("objective") if stepper is not None else ():
+            if stepper is not None and other is not stepper:
+                raise ConfigInvalid(
+                    f"strategy: {stepper.name} owns the whole training step, so what {other.name} "
+                    "would add to the loss would never be asked for; remove one",
                     key="strategy",
                 )
         for choice, strategy in zip(self.choices, self.strategies, strict=True):
@@ -94,7 +104,7 @@ class Stack:
     @property
     def needs(self) -> frozenset[str]:
         """The union of what the strategies need."""
-        return frozenset[str]().union(*(s.needs for s in self.strategies))
+        return frozenset[str]().union(*(s.needed for s in self.strategies))
 
     def owner(self, hook: str) -> Strategy | None:
         """The one strategy that has a hook which only one may own."""
@@ -133,23 +143,18 @@ class Stack:
 
     # -- model --------------------------------------------------------------------------------
 
-    def build(self, task: Task) -> nn.Module:
+    def build(self, task: Task, model: nn.Module | None = None) -> nn.Module:
         """The task's model after all ``build`` hooks.
+
+        Args:
+            task: The task.
+            model: One of its models, to be changed; by default a new one.
 
         Raises:
             ConfigInvalid: A strategy needs what the task does not have.
         """
-        for strategy in self.strategies:
-            lacking = strategy.needs & lacked_by(task)
-            if lacking:
-                raise ConfigInvalid(
-                    f"strategy {strategy.name}: it needs {' and '.join(sorted(lacking))}, which the "
-                    f"task {type(task).__name__} does not have (its features: "
-                    f"{', '.join(sorted(task.features)) or 'none'}); remove the strategy, or say in "
-                    "Task.features, Task.embedding what the task has",
-                    key="strategy",
-                )
-        model = task.model()
+        check_needs(self.strategies, task, AT_BOTH_ENDS)
+        model = task.model() if model is None else model
         for strategy in self.strategies:
             model = strategy.build(model, task)
         return model
@@ -342,17 +347,6 @@ def trains_on_labels(strategy: type[Strategy]) -> bool:
     """Whether a strategy reads class labels in a training step."""
     hooks = ("batch", "loss", "objective", "after_step", "local_step")
     return "labels" in strategy.needs and any(strategy.overrides(h) for h in hooks)
-
-
-def lacked_by(task: Task) -> frozenset[Need]:
-    """Which needs of strategies a task says that it can't meet."""
-    classifies = "classification" in task.features
-    there: dict[Need, bool] = {
-        "labels": classifies,
-        "logits": classifies or "logits" in task.features,
-        "embedding": bool(task.embedding),
-    }
-    return frozenset(need for need, met in there.items() if not met)
 
 
 def _own(sums: Tensors, prefix: str) -> dict[str, Tensor]:

@@ -16,9 +16,11 @@ FUNCTIONS: dict[str, str] = {
     "check_blocks": "orchestrator.arithmetic.reduction:check_blocks",
     "pool": "orchestrator.arithmetic.assessment:pool",
     "assess": "orchestrator.arithmetic.assessment:assess",
+    "check_task": "orchestrator.arithmetic.models:check_task",
     "first_model": "orchestrator.arithmetic.models:first_model",
     "from_safetensors": "orchestrator.arithmetic.models:from_safetensors",
     "to_safetensors": "orchestrator.arithmetic.models:to_safetensors",
+    "deploy": "orchestrator.arithmetic.models:deploy",
     "refine": "orchestrator.arithmetic.refining:refine",
 }
 """What the daemon may ask the compute process to run."""

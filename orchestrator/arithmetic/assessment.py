@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.arithmetic.bounds import OutOfBounds, bounded
 from orchestrator.arithmetic.planning import load_payload, stack_of
 from protos.errors import InvalidInput
 from protos.tensors import view_bytes
 from strategies.scores import reliability, scores
+from strategies.stack import Stack
 
 SPLITS = ("val", "test", "val_calibrated", "test_calibrated")
 
@@ -83,13 +85,16 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
     """Scores, reliability curves and calibration maps from the sites' sums.
 
     Args:
-        args: ``stack`` and ``sites`` as for `pool`; ``calibrate``: whether to fit the map.
+        args: ``stack`` and ``sites`` as for `pool`; ``calibrate``: whether to fit the map;
+            ``seconds`` and ``memory_bytes``: what a strategy may use; ``without``: names of
+            strategies that are not asked.
 
     Returns:
         ``scores``: pooled, "split.name"; ``sites``: the same per site; ``reliability``: by split;
         ``calibration``: fitted parameters of the strategy that changes outputs, by its name;
         ``settled``: of those that look at outputs after it; ``awaited``: whether they have still to
-        see them; ``reports``: numbers by strategy.
+        see them; ``reports``: numbers by strategy; ``failed``: why a strategy's map or scores are
+        not there, by its name.
     """
     pooled: dict[str, Tensor] = {}
     per_site: dict[str, dict[str, Tensor]] = {}
@@ -101,19 +106,48 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
             with_val += 1
         for name, tensor in own.items():
             pooled[name] = pooled[name] + tensor.double() if name in pooled else tensor.double()
-    stack = stack_of(args["stack"])
     calibrate = args.get("calibrate", True)
+    out: dict[str, Any] = {
+        "scores": _flat(pooled),
+        "sites": {site: _flat(own) for site, own in per_site.items()},
+        "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
+        "calibration": {}, "settled": {}, "reports": {}, "failed": {},
+    }  # fmt: skip
+    acting = [c for c in args["stack"] if c["name"] not in args.get("without", ())]
+    for choice in acting:
+        alone = stack_of([choice])
+        try:
+            with bounded(args["seconds"], args["memory_bytes"]):
+                found = _asked(alone, pooled, per_site, with_val, calibrate)
+        except OutOfBounds as error:
+            out["failed"][choice["name"]] = str(error)
+            continue
+        for key in ("calibration", "settled", "reports", "scores"):
+            out[key] |= found[key]
+        for site, own in found["sites"].items():
+            out["sites"][site] |= own
+    stack = stack_of([c for c in acting if c["name"] not in out["failed"]])
+    out["awaited"] = calibrate and bool(stack.mapping and stack.rating)
+    return out
+
+
+def _asked(
+    stack: Stack,
+    pooled: dict[str, Tensor],
+    per_site: dict[str, dict[str, Tensor]],
+    with_val: int,
+    calibrate: bool,
+) -> dict[str, Any]:
+    """What one strategy, alone in a stack, makes of the sums."""
     fitted = stack.calibrate(pooled, with_val) if calibrate else {}
     settled = stack.settle(pooled, with_val)
     known = {name: m.parameters for name, m in settled.items()}
     return {
-        "scores": _flat(pooled) | stack.rate(pooled, known),
-        "sites": {s: _flat(own) | stack.rate(own, known) for s, own in per_site.items()},
-        "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
         "calibration": {name: m.parameters for name, m in fitted.items()},
         "settled": known,
-        "awaited": calibrate and bool(stack.mapping and stack.rating),
         "reports": {name: dict(m.report) for name, m in (fitted | settled).items()},
+        "scores": stack.rate(pooled, known),
+        "sites": {site: stack.rate(own, known) for site, own in per_site.items()},
     }
 
 

@@ -1,6 +1,7 @@
 """Whole models at the orchestrator: the first base, and the way to and from safetensors.
 
-Only here and in `refining` is a whole model held, in a process of its own.
+Only here and in `refining` is a whole model held; with a task's or a strategy's code, in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from protos.errors import InvalidInput
 from protos.manifest import Manifest, Placement, TensorSpec
 from protos.tensors import dtype_name, iterate_bytes, map_file
 from strategies.loading import load_task
+from strategies.manifest import describe
+from strategies.needs import AT_THE_ORCHESTRATOR, check_needs
 from strategies.stack import Stack
 from strategies.task import Task, seed_everything
 
@@ -35,14 +38,33 @@ def build(args: Mapping[str, Any]) -> tuple[Task, Stack, nn.Module, Manifest]:
     Args:
         args: ``task`` (name, source, params, settings, folder), ``stack``, ``seed``.
     """
-    raw = args["task"]
-    task = load_task(
-        raw["name"], raw["source"], raw["params"], raw["settings"], Path(raw["folder"])
-    )
-    stack = stack_of(args["stack"])
+    task, stack = _task_of(args), stack_of(args["stack"])
     seed_everything(args["seed"], "model")
     model = stack.build(task)
     return task, stack, model, stack.manifest(model, task)
+
+
+def _task_of(args: Mapping[str, Any]) -> Task:
+    raw = args["task"]
+    return load_task(
+        raw["name"], raw["source"], raw["params"], raw["settings"], Path(raw["folder"])
+    )
+
+
+def check_task(args: dict[str, Any]) -> dict[str, Any]:
+    """See that the task here has what the strategies need, and that its model can be built.
+
+    Args:
+        args: As for `build`.
+
+    Raises:
+        ConfigInvalid: What is missing, for which strategy.
+    """
+    stack = stack_of(args["stack"])
+    check_needs(stack.strategies, _task_of(args), AT_THE_ORCHESTRATOR)
+    if stack.having("build"):
+        build(args)
+    return {}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -68,31 +90,62 @@ def load_part(model: nn.Module, path: Path, manifest: Manifest) -> None:
 def first_model(args: dict[str, Any]) -> dict[str, Any]:
     """Build the first base from the orchestrator's own task and write its parts.
 
+    A start replaces the random tensors. It is a model of the run, or one of the task alone, which
+    the strategies then change: a head that knows five classes is widened with what it has learned.
+
     Args:
-        args: As for `build`, and ``out``: a folder; ``start``: a safetensors file whose tensors
-            replace the random ones, or empty.
+        args: As for `build`, and ``out``: a folder; ``start``: a safetensors file, or empty;
+            ``parts``: place to {manifest, path} of a stored model that is the start, or empty.
 
     Returns:
         Per place that has tensors: ``manifest`` (text) and ``path``.
+
+    Raises:
+        InvalidInput: The start is neither; names the first tensor that it lacks.
     """
-    _, _, model, manifest = build(args)
-    if args.get("start"):
-        given = read_safetensors(Path(args["start"]))[0]
-        own = state_of(model)
-        for spec in manifest:
-            if spec.placement == "site":
-                continue
-            if spec.name not in given:
-                raise InvalidInput(f"init: the file has no tensor {spec.name}", tensor=spec.name)
-            if tuple(given[spec.name].shape) != spec.shape:
-                raise InvalidInput(
-                    f"init: tensor {spec.name} has the shape {list(given[spec.name].shape)} "
-                    f"where the task's model has {list(spec.shape)}",
-                    tensor=spec.name,
-                )
-            with torch.no_grad():
-                own[spec.name].copy_(given[spec.name])
+    task, stack, model, manifest = build(args)
+    given = read_safetensors(Path(args["start"]))[0] if args.get("start") else {}
+    for part in args.get("parts", {}).values():
+        stored = Manifest.decode(Path(part["manifest"]).read_bytes())
+        given.update(map_file(Path(part["path"]), stored))
+    if not given:
+        return write_parts(Path(args["out"]), manifest, state_of(model))
+    problem = _misfit(given, manifest)
+    if problem and stack.having("build"):
+        seed_everything(args["seed"], "model")
+        plain = task.model()
+        known = describe(plain, list(task.placement().items()), ())
+        if not _misfit(given, known):
+            _take(plain, given, known)
+            model = stack.build(task, plain)
+            return write_parts(Path(args["out"]), stack.manifest(model, task), state_of(model))
+    if problem:
+        raise InvalidInput(f"init: {problem}")
+    _take(model, given, manifest)
     return write_parts(Path(args["out"]), manifest, state_of(model))
+
+
+def _misfit(given: Mapping[str, Tensor], manifest: Manifest) -> str:
+    """Why some tensors are not a model of a manifest; empty if they are."""
+    for spec in manifest:
+        if spec.placement == "site":
+            continue
+        if spec.name not in given:
+            return f"the start has no tensor {spec.name}"
+        if tuple(given[spec.name].shape) != spec.shape:
+            return (
+                f"tensor {spec.name} has the shape {list(given[spec.name].shape)} where the task's "
+                f"model has {list(spec.shape)}"
+            )
+    return ""
+
+
+def _take(model: nn.Module, given: Mapping[str, Tensor], manifest: Manifest) -> None:
+    own = state_of(model)
+    with torch.no_grad():
+        for spec in manifest:
+            if spec.placement != "site":
+                own[spec.name].copy_(given[spec.name])
 
 
 def write_parts(
@@ -165,8 +218,77 @@ def to_safetensors(args: dict[str, Any]) -> dict[str, Any]:
         manifest = Manifest.decode(Path(part["manifest"]).read_bytes())
         specs += manifest.tensors
         tensors.update(map_file(Path(part["path"]), manifest))
+    return _write_safetensors(args, Manifest(tuple(specs)), tensors)
+
+
+def deploy(args: dict[str, Any]) -> dict[str, Any]:
+    """Write what the ``export`` hooks make of a stored model as one safetensors file.
+
+    Runs the task's and the strategies' code: in a process without keys or network.
+
+    Args:
+        args: As for `build`, and ``round``, ``parts`` (place to {manifest, path}), ``out`` (the
+            file), ``metadata``.
+
+    Returns:
+        As `to_safetensors`, and ``manifest`` (text) of what was written, ``stored`` (parameters of
+        the model as it is stored), ``at_sites`` (names of tensors that are part of what is deployed
+        and are not in the file, since they never leave their site).
+
+    Raises:
+        InvalidInput: The task here does not build the model of that round; names a tensor.
+    """
+    task, stack, model, manifest = build(args)
+    for place in PLACES:
+        own, part = manifest.of(place), args["parts"].get(place)
+        given = Manifest.decode(Path(part["manifest"]).read_bytes()) if part else Manifest(())
+        if differing := _differing(own, given):
+            raise InvalidInput(
+                f"task {args['task']['name']}: it builds another model than the one of round "
+                f"{args['round']}; the first tensor that differs is {differing}",
+                tensor=differing,
+            )
+        if part:
+            load_part(model, Path(part["path"]), given)
+    before = model.state_dict(keep_vars=True)
+    at_sites = {id(before[spec.name]) for spec in manifest.of("site")}
+    deployed = Stack(stack.active(args["round"])).export(model.eval())
+    after = deployed.state_dict(keep_vars=True)
+    specs, missing = [], []
+    for spec in describe(deployed, list(task.placement().items()), ()):
+        # What a hook passes on is the same tensor, whatever it is called now.
+        if id(after[spec.name]) in at_sites:
+            missing.append(spec.name)
+        else:
+            specs.append(spec)
     whole = Manifest(tuple(specs))
-    for spec in specs:
+    written = _write_safetensors(args, whole, {t.name: after[t.name].detach() for t in whole})
+    parameters = sum(t.elements for t in manifest.of(*PLACES) if t.kind == "parameter")
+    return {
+        **written,
+        "manifest": whole.encoded.decode(),
+        "stored": parameters,
+        "at_sites": missing,
+    }
+
+
+def _differing(own: Manifest, given: Manifest) -> str:
+    """The first tensor that only one of two manifests has, or that has another shape or type."""
+
+    def of(spec: TensorSpec) -> tuple[object, ...]:
+        return (spec.name, spec.shape, spec.dtype)
+
+    for one, other in ((own, given), (given, own)):
+        for spec in one:
+            if spec.name not in other or of(other[spec.name]) != of(spec):
+                return spec.name
+    return ""
+
+
+def _write_safetensors(
+    args: Mapping[str, Any], whole: Manifest, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    for spec in whole:
         for alias in spec.ties:
             tensors[alias] = tensors[spec.name].clone()
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in args["metadata"].items()}
@@ -176,7 +298,7 @@ def to_safetensors(args: dict[str, Any]) -> dict[str, Any]:
         metadata={**metadata, "format": "pt", MANIFEST_KEY: whole.encoded.decode()},
     )
     return {
-        "tensors": len(specs),
-        "parameters": sum(s.elements for s in specs if s.kind == "parameter"),
+        "tensors": len(whole),
+        "parameters": sum(s.elements for s in whole if s.kind == "parameter"),
         "bytes": Path(args["out"]).stat().st_size,
     }

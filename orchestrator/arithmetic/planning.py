@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.arithmetic.places import read_range
 from protos.plan import OptimizerChoice, Schedule, StrategyChoice, Work
 from protos.tensors import from_bytes
+from strategies.needs import AT_THE_ORCHESTRATOR
 from strategies.protocol import Draft, RoundSummary
 from strategies.stack import Stack
 
@@ -26,6 +27,7 @@ def check_stack(args: dict[str, Any]) -> dict[str, Any]:
     stack = stack_of(args["stack"])
     return {
         "needs": sorted(stack.needs),
+        "asks_task": bool(stack.needs & AT_THE_ORCHESTRATOR.keys() or stack.having("build")),
         "warnings": {s.name: s.warning for s in stack.strategies if s.warning},
         "hooks": {s.name: list(s.hooks()) for s in stack.strategies},
         "fields": {s.name: s.model_dump(mode="json") for s in stack.strategies},

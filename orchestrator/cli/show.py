@@ -74,6 +74,14 @@ def export(
             show_default=False,
         ),
     ] = "",
+    stored: Annotated[
+        bool,
+        typer.Option(
+            "--stored",
+            help="The model as it is stored, with what strategies need in training only (further "
+            "branches, a teacher): a run can start from it.",
+        ),
+    ] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +95,7 @@ def export(
     if round not in ("", "best") and not round.isdecimal():
         raise InvalidInput(f'--round: "{round}" is neither a number nor "best"')
     with operator(home) as client:
-        files = client.export(run, round, directory, of)
+        files = client.export(run, round, directory, of, stored)
     if as_json:
         print_json({"directory": str(directory), "files": [file.name for file in files]})
         return

@@ -6,14 +6,26 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.compute.errors import ComputeTimedOut
 from orchestrator.exchange import Gathered
 from orchestrator.ledger import PlanKind
-from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, payload_specs
+from orchestrator.rounds.engine import (
+    WORKER_S,
+    Assessment,
+    Candidate,
+    Engine,
+    Planned,
+    payload_specs,
+)
 from orchestrator.rounds.plan import plan_rows
+from orchestrator.rounds.refine import without
 from orchestrator.rounds.tolerance import judge, judged
 from orchestrator.small import small_model
 from orchestrator.views import Plugin
 from protos.contribution import Header
+
+HOOKS = frozenset({"calibrate", "rate"})
+"""Of a strategy that has something to say about the sites' sums."""
 
 
 def assess(
@@ -45,6 +57,11 @@ def assess(
         assessed = _calibrated(engine, planned, candidate, assessed)
     if assessed is None:
         return None
+    failed = {p.name: p for p in assessed.plugins if p.state == "skipped"}
+    if failed and not candidate.held:
+        left = tuple(p for p in assessed.plugins if p.name not in failed)
+        candidate = without(engine, planned, candidate, *failed.values())
+        assessed = replace(assessed, plugins=left)
     for site, values in assessed.sites.items():
         engine.board.note(site, scores=values)
     return candidate, assessed
@@ -97,10 +114,15 @@ def _calibrated(
 
 def _reports(found: dict[str, Any], start: float) -> tuple[Plugin, ...]:
     seconds = time.monotonic() - start
-    return tuple(
+    done = [
         Plugin(name=name, state="done", report=report, seconds=seconds)
         for name, report in sorted(found["reports"].items())
-    )
+    ]
+    failed = [
+        Plugin(name=name, state="skipped", reason=reason, seconds=seconds)
+        for name, reason in sorted(found["failed"].items())
+    ]
+    return (*done, *failed)
 
 
 def _exchange(
@@ -136,5 +158,26 @@ def _evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool)
             }
             for c in sorted(rows, key=lambda c: c.site)
         ]
-        args = {"stack": planned.stack, "sites": sites, "calibrate": calibrate}
-        return engine.ask("assess", args)
+        limits = engine.config.plugins
+        args = {
+            "stack": planned.stack,
+            "sites": sites,
+            "calibrate": calibrate,
+            "seconds": limits.seconds,
+            "memory_bytes": limits.memory_bytes,
+        }
+        # Each strategy keeps to its own bounds, or the worker ends with whoever does not.
+        bound = (len(planned.stack) + 1) * limits.seconds + WORKER_S
+        try:
+            return engine.ask("assess", args, bound)
+        except ComputeTimedOut as error:
+            names = [
+                c["name"] for c in planned.stack if not HOOKS.isdisjoint(_hooks(engine, planned, c))
+            ]
+            found = engine.ask("assess", {**args, "without": names}, bound)
+            return {**found, "failed": dict.fromkeys(names, error.message)}
+
+
+def _hooks(engine: Engine, planned: Planned, choice: dict[str, Any]) -> list[str]:
+    names: list[str] = engine.stack_facts(planned.stack)["hooks"][choice["name"]]
+    return names

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.board import Board
-from orchestrator.compute.errors import FunctionFailed
+from orchestrator.compute.config import Limits
+from orchestrator.compute.errors import FunctionFailed, PluginRaised
 from orchestrator.compute.interface import Compute
 from orchestrator.config import DaemonConfig, RunConfig
 from orchestrator.exchange import Exchange
@@ -32,12 +33,15 @@ from protos.manifest import Manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_AT_ITEM = re.compile(r"\A\w+ raised \w+ at item \d+ of \d+: ")
+_WHO = re.compile(r"\A(the plug-in )?\w+ raised \w+( at item \d+ of \d+)?: ")
 
 COMPUTE_S = 24 * 3600.0
 """Bound of one reduction; Ray's own failures come much sooner."""
 
 READY_S = 300.0
+
+WORKER_S = 60.0
+"""What a worker may need to start, beside the bounds of what it is asked."""
 
 
 @dataclass
@@ -62,20 +66,36 @@ class Engine:
     stopping: Callable[[], bool] = field(default=lambda: False)
     _stacks: dict[bytes, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
-    def ask(self, function: str, args: dict[str, Any]) -> dict[str, Any]:
-        """One call of a function of `arithmetic.FUNCTIONS`.
+    def ask(
+        self, function: str, args: dict[str, Any], seconds: float = COMPUTE_S
+    ) -> dict[str, Any]:
+        """One call of a function of `arithmetic.FUNCTIONS`, bounded in time.
 
         Raises:
             FarflungError: What the function raised, if it is in the tree of `protos/errors.py`.
             ComputeFailed: It raised something else, or could not be run.
         """
-        return self.run(function, [args])[0]
+        return self.run(function, [args], seconds)[0]
 
-    def run(self, function: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def run(
+        self, function: str, items: list[dict[str, Any]], seconds: float = COMPUTE_S
+    ) -> list[dict[str, Any]]:
         """The same for many items, in parallel; gives the results in their order."""
         try:
-            return self.compute.map(function, items, COMPUTE_S)
+            return self.compute.map(function, items, seconds)
         except FunctionFailed as error:
+            raise _said(error) from error
+
+    def isolated(self, function: str, args: dict[str, Any], threads: int = 1) -> dict[str, Any]:
+        """One call in a process without keys or network, within the limits of ``[plugins]``.
+
+        Raises:
+            FarflungError: As of `ask`.
+        """
+        limits = Limits(self.config.plugins.seconds, self.config.plugins.memory_bytes, threads)
+        try:
+            return self.compute.isolated(function, args, limits)
+        except PluginRaised as error:
             raise _said(error) from error
 
     def stack_facts(self, stack: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,13 +176,13 @@ class Engine:
         return Model(digests["shared"], digests.get("frozen", ""), digests.get("orchestrator", ""))
 
 
-def _said(error: FunctionFailed) -> FarflungError:
+def _said(error: FunctionFailed | PluginRaised) -> FarflungError:
     """What a function of ours said in words of ours; anything else stays a failure of compute."""
     cls = by_name(str(error.facts.get("error", "")))
     if cls is FarflungError:
         return error
     facts = {k: v for k, v in error.facts.items() if k in ("function", "where")}
-    message = _AT_ITEM.sub("", error.message, count=1)
+    message = _WHO.sub("", error.message, count=1)
     return cls(message.removesuffix(f" ({error.facts.get('where', '')})"), **facts)
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.compute.config import Limits
 from orchestrator.config import RunConfig
 from orchestrator.ledger import ContributionRow, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model, payload_specs
@@ -44,9 +43,12 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
         engine.ledger.close_round(run.id, 0, row.attempt, (), "no exchange is needed")
     if run.parent is not None:
         parent = engine.ledger.round(*run.parent)
-        # The map was fitted to this model, whatever the run is that goes on from it.
-        own = {key: parent.summary.get(key, {}) for key in ("calibration", "files")}
-        return _commit(engine, run, row.attempt, Model.of(parent), start, own)
+        own = {"files": parent.summary.get("files", {})}
+        model = _as_asked(engine, run, config, parent)
+        if model == Model.of(parent):
+            # The map was fitted to this model, whatever the run is that goes on from it.
+            own["calibration"] = parent.summary.get("calibration", {})
+        return _commit(engine, run, row.attempt, model, start, own)
     with engine.scratch(f"first-{run.id}") as folder:
         out = folder / "out"
         out.mkdir()
@@ -57,16 +59,35 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
             given.write_bytes(engine.store.get_bytes(config.init.digest))
             args["start"] = str(given)
         if config.task.name in engine.config.tasks or not args["start"]:
-            parts = _isolated(engine, "first_model", {**args, "task": engine.task(config)})
+            parts = engine.isolated("first_model", {**args, "task": engine.task(config)})
         else:
-            parts = _isolated(engine, "from_safetensors", args)
+            parts = engine.isolated("from_safetensors", args)
         model = engine.adopt_parts(parts)
     return _commit(engine, run, row.attempt, model, start)
 
 
-def _isolated(engine: Engine, function: str, args: dict[str, Any]) -> dict[str, Any]:
-    limits = Limits(engine.config.plugins.seconds, engine.config.plugins.memory_bytes)
-    return engine.compute.isolated(function, args, limits)
+def _as_asked(engine: Engine, run: RunRow, config: RunConfig, parent: RoundRow) -> Model:
+    """The model of a round of another run, changed as this run's strategies change models.
+
+    As it is if they change none, if that run's did the same, or if this orchestrator does not have
+    the task: then sites whose model is another one say so.
+    """
+    stack = [c.model_dump(mode="json") for c in config.stack]
+    hooks = engine.stack_facts(stack)["hooks"]
+    before = RunConfig.from_resolved(engine.ledger.run(parent.run).config)
+    known = [(c.name, c.params) for c in before.stack] if before.task == config.task else []
+    new = [c for c in config.stack if "build" in hooks[c.name] and (c.name, c.params) not in known]
+    model = Model.of(parent)
+    if not new or config.task.name not in engine.config.tasks:
+        return model
+    with engine.scratch(f"first-{run.id}") as folder:
+        out = folder / "out"
+        out.mkdir()
+        parts = engine.part_args(folder, model)
+        args = {"out": str(out), "seed": config.seed, "parts": parts, "stack": stack}
+        return engine.adopt_parts(
+            engine.isolated("first_model", {**args, "task": engine.task(config)})
+        )
 
 
 def _commit(

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
-from orchestrator.rounds.engine import Engine, Model, Planned
+from orchestrator.rounds.engine import WORKER_S, Engine, Model, Planned
 from protos.errors import Conflict
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 
@@ -83,6 +83,7 @@ def _draw_up(
                 "payloads": payloads,
                 "draft": _draft(config, run, before, number, cohort),
             },
+            engine.config.plugins.seconds + WORKER_S,
         )
     manifest = engine.store.index(base.shared).manifest
     draft = {

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.compute.config import Limits
 from orchestrator.ledger import ContributionRow
 from orchestrator.rounds.engine import Candidate, Engine, Planned, payload_specs
 from orchestrator.rounds.gather import Closed
@@ -54,11 +53,7 @@ def without(engine: Engine, planned: Planned, candidate: Candidate, *failed: Plu
 def _one(
     engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, name: str, start: float
 ) -> Candidate:
-    limits = Limits(
-        seconds=engine.config.plugins.seconds,
-        memory_bytes=engine.config.plugins.memory_bytes,
-        threads=min(engine.workers, os.cpu_count() or 1),  # of this host, also with a cluster
-    )
+    threads = min(engine.workers, os.cpu_count() or 1)  # of this host, also with a cluster
     with engine.scratch(f"refine-{planned.name}-{name}") as folder:
         out = folder / "out"
         out.mkdir()
@@ -66,7 +61,7 @@ def _one(
             name: {**spec, "path": _object(engine, spec["object"], folder)}
             for name, spec in candidate.payloads.items()
         }
-        value = engine.compute.isolated(
+        value = engine.isolated(
             "refine",
             {
                 "task": engine.task(planned.config),
@@ -96,7 +91,7 @@ def _one(
                 "out": str(out),
                 "device": "cpu",
             },
-            limits,
+            threads,
         )
         model = engine.adopt_parts(value["parts"])
         new = {key: _stored(engine, Path(path)) for key, path in value["files"].items()}

@@ -213,19 +213,23 @@ class ExportRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
     OF_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
     run: builtins.str
     round: builtins.str
     """a number, "best", or empty for the last"""
     of: builtins.str
     """a strategy: the files that it keeps beside the model; empty: the model"""
+    stored: builtins.bool
+    """the model as it is stored, with what only training needs"""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         round: builtins.str = ...,
         of: builtins.str = ...,
+        stored: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["of", b"of", "round", b"round", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["of", b"of", "round", b"round", "run", b"run", "stored", b"stored"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExportRequest: typing_extensions.TypeAlias = ExportRequest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from protos.errors import PolicyRefused, TaskFailed
+from protos.errors import TaskFailed
 from protos.plan import Plan
 from site_agent.pipe import Progress
 from site_agent.trainer.device import widened
@@ -115,7 +115,6 @@ def fit(
     Raises:
         TaskFailed: The loss became NaN or infinite, or there is no data.
         JobCancelled: The link does not want it any more.
-        PolicyRefused: The task owns its loop and a strategy needs ours.
     """
     if work.task.owns_loop():
         return _by_task(work, plan, state, watch)
@@ -208,13 +207,6 @@ def fit(
 
 def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:
     """The task's own loop, within the same cycle, seeds and report."""
-    ours = [s.name for s in work.stack.strategies if "our training loop" in s.needs]
-    if ours:
-        raise PolicyRefused(
-            f"site {work.site}: the task owns its training loop, so {', '.join(ours)} can't act in "
-            "it; take them out of the run, or Task.fit out of the task",
-            site=work.site,
-        )
 
     def report(done: float, loss: float) -> None:
         watch.check()

@@ -31,7 +31,7 @@ class CLSA(Strategy):
     No gradient of the divergence reaches the top. CE is the stack's loss, by default the task's.
     The classifiers are averaged like the rest, or stay at their site where every site has classes
     (people) of its own; the task's own classifier then has to stay there too, by
-    ``Task.placement``. An export leaves them out: the pooled outputs of the levels, each divided by
+    ``Task.placement``. ``farflung export`` leaves them out: the pooled outputs of the levels, each divided by
     its L2 norm and put one behind the other, are the multi-scale feature.
 
     Degenerate case: ``levels = ()`` has no level below the top.

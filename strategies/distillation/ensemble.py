@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from protos.errors import TaskFailed
 from strategies.calibration.temperature import Temperature
 from strategies.context import Refinement, SidePayload, Update, seeded
-from strategies.distillation.proxy import Proxy, Source
+from strategies.distillation.proxy import Proxy, Source, needed_of
 from strategies.distillation.softened import divergence
-from strategies.protocol import Strategy
+from strategies.protocol import Need, Strategy
 
 CHECK = 100
 """Optimizer steps between two looks at the held-out proxy samples."""
@@ -44,6 +44,11 @@ class EnsembleDistillation(Strategy):
     batch_size: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)
     patience: int = Field(0, ge=0)
+
+    @property
+    def needed(self) -> frozenset[Need]:
+        """Of a task's proxy data only what is taken from there."""
+        return needed_of(self.needs, self.proxy)
 
     # -- the teachers -----------------------------------------------------------------------------
 

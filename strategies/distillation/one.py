@@ -57,7 +57,8 @@ class ONE(Strategy):
     =========== ==========================================================================
 
     In evaluation the model gives what is deployed; what lives at a site counts there as the site
-    has it. An export keeps branch 0, or the whole ensemble.
+    has it. ``farflung export`` keeps branch 0 in the tail's place, or the whole ensemble, and says
+    which of it lives at the sites only.
 
     Degenerate case: ``branches = 1`` leaves the model as it is.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from protos.errors import TaskFailed
 from strategies.context import Refinement
 from strategies.distillation.generated import generate
+from strategies.protocol import Need
 
 Source = Annotated[str, Field(pattern=r"^(task|generated|condensed|folder:/.+)$")]
 """Where proxy data comes from."""
@@ -109,6 +110,11 @@ def proxy_of(
     if data is None or len(data) == 0:
         raise TaskFailed(f"{strategy}: {why}", strategy=strategy)
     return Proxy(refinement, cast("Sequence[Any]", data), samples, batch_size)
+
+
+def needed_of(needs: frozenset[Need], source: str) -> frozenset[Need]:
+    """What a strategy needs with proxies of a source: a task's own only where they are its."""
+    return needs if source == "task" else needs - {"proxy data"}
 
 
 def arrays(folder: Path, strategy: str) -> Tensor | None:

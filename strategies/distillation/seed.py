@@ -62,7 +62,7 @@ class SEED(Strategy):
         "Fang, Wang, Wang, Zhang, Yang, Liu: SEED: Self-supervised Distillation for Visual "
         "Representation, ICLR 2021, arXiv:2101.04731"
     )
-    needs: ClassVar[frozenset[Need]] = frozenset({"embedding", "our training loop"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"embedding", "teacher", "our training loop"})
     degenerate: ClassVar[Mapping[str, Any]] = {"weight": 0.0}
 
     weight: float = Field(1.0, ge=0, le=1)

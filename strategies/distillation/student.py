@@ -61,7 +61,9 @@ class Student(EnsembleDistillation):
         "after Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, "
         "arXiv:1503.02531"
     )
-    needs: ClassVar[frozenset[Need]] = frozenset({"proxy data", "orchestrator task", "logits"})
+    needs: ClassVar[frozenset[Need]] = frozenset(
+        {"proxy data", "student", "orchestrator task", "logits"}
+    )
     degenerate: ClassVar[Mapping[str, Any]] = {"steps": 0}
 
     proxy: Source = "task"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protos.errors import ConfigInvalid
+from protos.plan import Plan
 from strategies import scores
-from strategies.context import Step
+from strategies.context import Draft, Memo, Step
 from strategies.protocol import Family, Need, Strategy
 from strategies.row import Row, Seed, Site, at_least, mean
 from strategies.task import Task
+
+ARRIVED = "alife_arrived"
+"""Buffer of a head: how many of its last outputs have been announced. A counter, so sites agree."""
+
+CLOSED = -1e4
+"""The logit of a class that did not arrive: e to its power is 0, and its square is still a number."""
 
 
 class Alife(Strategy):
@@ -41,6 +50,14 @@ class Alife(Strategy):
     log(N + 1) (MiB's initialisation): together they have the probability that the background had.
     The base's own belief in background is that of all of these together.
 
+    Classes may also arrive later: ``since`` names the round of each new one, and the plan of that
+    round announces it. The head is as wide as it will be from the first round on, since a run has
+    one manifest; an output that was not announced has the logit -10,000 and no gradient. The site
+    that gets the announcement opens it as above, with what the background's output has learned by
+    then. Classes of earlier rounds are old ones from then on, and belong to O.
+
+    A run that starts from a model of the task (``RUN@ROUND``, a file) widens that model's head.
+
     No gradient reaches the base.
 
     Degenerate case: ``new = 0`` leaves model and loss as they are.
@@ -52,6 +69,8 @@ class Alife(Strategy):
 
     Attributes:
         new: N, classes that arrive with this run, >= 0.
+        since: The rounds that announce them, one for each, none before the one in front of it;
+            empty: all of them come with the run's first round.
         background: The label of what is not labelled, among the task's own.
         ali: Weight of the regulariser, >= 0; 2 in the paper's VOC 15-5, 1 in ADE20K 100-50.
         kd: Weight of the distillation on labelled samples, >= 0.
@@ -73,11 +92,29 @@ class Alife(Strategy):
     degenerate: ClassVar[Mapping[str, Any]] = {"new": 0}
 
     new: int = Field(1, ge=0, le=10_000)
+    since: tuple[Annotated[int, Field(ge=1)], ...] = ()
     background: int = Field(0, ge=0)
     ali: float = Field(2.0, ge=0)
     kd: float = Field(1.0, ge=0)
     keep: Literal["ali", "mib", "kd", "none"] = "ali"
     head: str = ""
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> Alife:
+        if self.since and (len(self.since) != self.new or list(self.since) != sorted(self.since)):
+            raise ValueError(
+                f"since: a round for each of the {self.new} new classes, in the order of time"
+            )
+        return self
+
+    def plan(self, draft: Draft, memo: Memo) -> tuple[Draft, Memo]:
+        """Say which classes have arrived: ``arrived`` in all, ``known`` of them before the last ones."""
+        if not self.since:
+            return draft, memo
+        there = [number for number in self.since if number <= draft.round]
+        known = sum(number < there[-1] for number in there) if there else 0
+        told = {"arrived": len(there), "known": known}
+        return draft.but(payload={**draft.payload, self.name: told}), memo
 
     def build(self, model: nn.Module, task: Task) -> nn.Module:
         """Widen the head.
@@ -94,20 +131,51 @@ class Alife(Strategy):
                 f"them is {self.background}, the background",
                 key=f"strategy.{self.name}.background",
             )
-        out = widened(layer, self.new, self.background)
-        if layer is model:
-            return out
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, out)
+        out = widened(layer, self.new, self.background, shared=not self.since)
+        if self.since:
+            out.register_buffer(ARRIVED, torch.zeros((), dtype=torch.int64))
+            out.register_forward_hook(partial(_closed, new=self.new))
+        return _replaced(model, name, out)
+
+    def adopt(
+        self, base: dict[str, Tensor], state: dict[str, Tensor], plan: Plan
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Open the outputs of classes that this plan announces."""
+        wanted = plan.payload.get(self.name, {}).get("arrived", 0) if self.since else 0
+        counter = next((name for name in base if name.endswith(ARRIVED)), None)
+        if counter is None or wanted <= int(base[counter]):
+            return base, state
+        layer = counter.removesuffix(ARRIVED)
+        weight, bias = base[f"{layer}weight"].clone(), base.get(f"{layer}bias")
+        first = len(weight) - self.new + int(base[counter])
+        opened = slice(first, len(weight) - self.new + wanted)
+        weight[opened] = weight[self.background]
+        changed = {counter: torch.tensor(wanted), f"{layer}weight": weight}
+        if bias is not None:
+            bias = bias.clone()
+            bias[self.background] -= math.log(wanted - int(base[counter]) + 1)
+            bias[opened] = bias[self.background]
+            changed[f"{layer}bias"] = bias
+        return {**base, **changed}, state
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """Cut off what was never announced."""
+        for name, layer in list(model.named_modules()) if self.since else ():
+            if hasattr(layer, ARRIVED):
+                left = len(layer.weight) - self.new + int(getattr(layer, ARRIVED))
+                model = _replaced(model, name, narrowed(layer, left))
         return model
 
     def loss(self, step: Step) -> Tensor:
         """See the class."""
-        if self.new == 0:
+        told = {"arrived": self.new, "known": 0}
+        if self.since:
+            told = step.plan.payload[self.name]
+        if told["arrived"] == 0:
             return step.task.loss(step.outputs, step.targets)
         z, truth = scores.flatten(step.outputs, step.targets)
         before, _ = scores.flatten(step.base_outputs(), step.targets)
-        old = z.shape[1] - self.new
+        old = z.shape[1] - self.new + told["known"]
         z_old = self._as_it_was(before, old)
         unlabelled = truth == self.background
         match self.keep:
@@ -174,27 +242,67 @@ def distillation(z: Tensor, z_old: Tensor) -> Tensor:
     return -(p * z[:, : p.shape[1]].log_softmax(dim=1)).mean(dim=1)
 
 
-def widened(layer: nn.Linear | nn.Conv2d, new: int, background: int) -> nn.Linear | nn.Conv2d:
-    """A layer with further outputs, which share with the background what it had.
+def widened(
+    layer: nn.Linear | nn.Conv2d, new: int, background: int, shared: bool = True
+) -> nn.Linear | nn.Conv2d:
+    """A layer with further outputs, copies of the background's.
 
     The old outputs keep their values but for the background's bias. A layer without biases keeps
     all logits as they are.
-    """
-    import copy
 
+    Args:
+        layer: The layer.
+        new: How many.
+        background: Which output is copied.
+        shared: Whether the background shares what it had with them, by lower biases.
+    """
+    lowered = None if layer.bias is None else layer.bias.clone()
+    if lowered is not None and shared:
+        with torch.no_grad():
+            lowered[background] -= math.log(new + 1)
+    rows = torch.cat([torch.arange(len(layer.weight)), torch.full((new,), background)])
+    return _with_outputs(layer, rows, lowered)
+
+
+def narrowed(layer: nn.Linear | nn.Conv2d, left: int) -> nn.Linear | nn.Conv2d:
+    """The first outputs of a layer, without what `Alife.build` registered with it."""
+    return _with_outputs(layer, torch.arange(left), layer.bias)
+
+
+def _with_outputs(
+    layer: nn.Linear | nn.Conv2d, rows: Tensor, bias: Tensor | None
+) -> nn.Linear | nn.Conv2d:
     out = copy.deepcopy(layer)
     with torch.no_grad():
-        row = layer.weight[background : background + 1]
-        out.weight = nn.Parameter(torch.cat([layer.weight, *[row] * new]))
-        if layer.bias is not None:
-            lowered = layer.bias.clone()
-            lowered[background] -= math.log(new + 1)
-            out.bias = nn.Parameter(torch.cat([lowered, lowered[background].expand(new)]))
+        out.weight = nn.Parameter(layer.weight[rows].clone())
+        if bias is not None:
+            out.bias = nn.Parameter(bias[rows].clone())
     if isinstance(out, nn.Linear):
-        out.out_features += new
+        out.out_features = len(rows)
     else:
-        out.out_channels += new
+        out.out_channels = len(rows)
+    if hasattr(out, ARRIVED):
+        delattr(out, ARRIVED)
+        out._forward_hooks.clear()
     return out
+
+
+def _closed(layer: nn.Module, inputs: Any, logits: Tensor, *, new: int) -> Tensor:
+    """A forward hook: outputs of classes that did not arrive are far below all others."""
+    dim = 1 if isinstance(layer, nn.Conv2d) else logits.dim() - 1
+    first = logits.shape[dim] - new + int(getattr(layer, ARRIVED))
+    opened = logits.narrow(dim, 0, first)
+    rest = torch.full_like(logits.narrow(dim, first, logits.shape[dim] - first), CLOSED)
+    return torch.cat([opened, rest], dim=dim)
+
+
+def _replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """The model with another module at a dotted name; the module itself for the empty name."""
+    if not name:
+        return layer
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+    return model
 
 
 def cayley(b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from protos.errors import TaskFailed
 from strategies.context import Draft, Memo, Refinement, seeded
 from strategies.distillation.holdout import holdout
-from strategies.distillation.proxy import Source, proxy_of
+from strategies.distillation.proxy import Source, needed_of, proxy_of
 from strategies.protocol import Family, Need, Strategy
 from strategies.row import Row, Seed, Site, at_least
 
@@ -221,6 +221,11 @@ class SoftTree(Strategy):
     batch_size: int = Field(64, ge=1)
     strength: float = Field(0.1, ge=0)
     every: int = Field(1, ge=1)
+
+    @property
+    def needed(self) -> frozenset[Need]:
+        """Of a task's proxy data only what is taken from there."""
+        return needed_of(self.needs, self.proxy)
 
     def plan(self, draft: Draft, memo: Memo) -> tuple[Draft, Memo]:
         """Remember how many rounds there are: the last one has a tree in any case."""

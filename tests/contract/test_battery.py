@@ -307,7 +307,10 @@ def fitting_pairs() -> Iterator[tuple[str, str]]:
             continue
         if owns_loss(one) and owns_loss(other):
             continue
-        if any(x.blends_labels and trains_on_labels(y) for x, y in ((one, other), (other, one))):
+        ways = ((one, other), (other, one))
+        if any(x.blends_labels and trains_on_labels(y) for x, y in ways):
+            continue
+        if any(x.overrides("local_step") and y.overrides("objective") for x, y in ways):
             continue
         if {a, b} == {"seed", "test_own_normalisation"}:
             continue  # one resets a tensor by name, and the other puts its layer into a graft

@@ -18,6 +18,7 @@ from orchestrator.views import Event, Round, Run
 from protos.plan import StrategyChoice
 from strategies.calibration.conformal import Conformal
 from strategies.stack import Stack
+from tests.support.blobs import Blobs
 from tests.support.field import ORCHESTRATOR, SITES, Field
 from tests.support.files import wait_for
 
@@ -74,8 +75,6 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
 
     client.export(run, "", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    from tests.support.blobs import Blobs
-
     task = Blobs()
     model = task.model()
     model.load_state_dict(tensors)
@@ -116,6 +115,41 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     _, later = finished(field, again)
     best = next(r for r in rounds if r.round == client.run(run).best)
     assert later[0].base == best.model
+
+
+def test_an_export_is_what_is_deployed_with_the_map_that_was_fitted_to_it(
+    field: Field, tmp_path: Path
+) -> None:
+    client = field.federation.client
+    strategy = [
+        {"name": "one", "tail": "second"},
+        {"name": "clsa", "levels": ["first"]},
+        {"name": "seed", "queue": 16, "weight": 0.5},
+        {"name": "temperature"},
+    ]
+    run = field.federation.launch(field.config("deployed", rounds=1, strategy=strategy))
+    _, (round,) = finished(field, run)
+
+    client.export(run, "", tmp_path / "out")
+    task = Blobs()
+    model = task.model()
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict: nothing else
+    inputs, targets = task.test_data().tensors
+    with torch.no_grad():
+        outputs = model.eval()(inputs)
+    nll = torch.nn.functional.cross_entropy(outputs.double(), targets).item()
+    assert nll == pytest.approx(round.scores["test.nll"], rel=1e-6)
+    maps = json.loads((tmp_path / "out" / "calibration.json").read_text())["maps"]
+    calibrated = Stack([StrategyChoice(name=name) for name in maps]).transform(outputs, maps)
+    nll = torch.nn.functional.cross_entropy(calibrated, targets).item()
+    assert nll == pytest.approx(round.scores["test_calibrated.nll"], rel=1e-6)
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    assert "`one`, `clsa`, `seed` took the others away" in card
+
+    client.export(run, "", tmp_path / "stored", stored=True)
+    stored = load_file(tmp_path / "stored" / "model.safetensors")
+    assert any("native_branches.2" in name for name in stored)
+    assert any("seed_teacher" in name for name in stored)
 
 
 def test_the_same_run_twice_gives_the_same_bits(field: Field) -> None:

@@ -13,9 +13,22 @@ ORCHESTRATOR = "orchestrator"
 
 
 class Field:
-    """A federation whose sites have switches; ``daemon`` are further sections of farflung.toml."""
+    """A federation whose sites have switches.
 
-    def __init__(self, root: Path, daemon: dict[str, Any] | None = None) -> None:
+    Args:
+        root: An empty folder.
+        daemon: Further sections of farflung.toml.
+        policy: ``[policy]`` of every site.
+        environment: Variables of all processes, on top of this one's.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        daemon: dict[str, Any] | None = None,
+        policy: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
             folder.mkdir(parents=True)
@@ -30,6 +43,7 @@ class Field:
                         }
                     },
                     "trainer": {"memory_bytes": 2 << 30, "threads": 1},
+                    "policy": policy or {},
                 }
                 for i, site in enumerate(SITES)
             },
@@ -40,6 +54,7 @@ class Field:
                 }
             },
             daemon={"sites": {"heartbeat_s": 0.3}, **(daemon or {})},
+            environment=environment,
         )
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:

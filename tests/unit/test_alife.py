@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +117,75 @@ def test_every_way_to_keep_trains(keep: str) -> None:
     federation = LittleFederation([StrategyChoice(name="alife", params={"keep": keep})]).run(2)
     assert all(v.isfinite().all() for v in federation.model.values())
     assert federation.model["2.weight"].shape == (4, 8)
+
+
+# -- classes that a later plan announces ------------------------------------------------------------
+
+
+def later(*since: int) -> StrategyChoice:
+    return StrategyChoice(name="alife", params={"new": len(since), "since": since})
+
+
+def outputs(federation: LittleFederation) -> torch.Tensor:
+    model = federation.build()
+    model.load_state_dict(federation.model)
+    with torch.no_grad():
+        return model.eval()(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_later_plan_opens_the_outputs_that_it_announces() -> None:
+    federation = LittleFederation([later(2, 4)]).run(1)
+    plain = LittleFederation([]).run(1)
+    assert torch.equal(outputs(federation)[:, :3], outputs(plain)), "nothing has arrived"
+    arrived = [federation.model["2.alife_arrived"].item()]
+    open_outputs = []
+    for _ in range(4):
+        open_outputs.append(int((outputs(federation).softmax(1) > 0).all(dim=0).sum()))
+        federation.run(1)
+        arrived.append(federation.model["2.alife_arrived"].item())
+    assert arrived == [0, 1, 1, 2, 2]
+    assert open_outputs == [3, 4, 4, 5]
+    known = [plan.payload["alife"] for plan in federation.plans]
+    assert known[0] == {"arrived": 0, "known": 0}
+    assert known[1] == known[2] == {"arrived": 1, "known": 0}
+    assert known[3] == {"arrived": 2, "known": 1}, "what came before is an old class by then"
+
+
+def test_what_is_announced_starts_with_what_the_background_has_learned() -> None:
+    federation = LittleFederation([later(1, 2, 2)]).run(1)
+    before = outputs(federation).softmax(1)
+    strategy = federation.stack.strategies[0]
+    plan: Any = SimpleNamespace(payload={"alife": {"arrived": 3, "known": 1}})
+    adopted, _ = strategy.adopt(dict(federation.model), {}, plan)
+    assert torch.equal(federation.model["2.alife_arrived"], torch.tensor(1)), (
+        "the base is as it was"
+    )
+    federation.model = adopted
+    after = outputs(federation).softmax(1)
+    torch.testing.assert_close(after[:, [1, 2, 3]], before[:, [1, 2, 3]])
+    torch.testing.assert_close(after[:, [0, 4, 5]], before[:, :1].expand(-1, 3) / 3)
+
+
+def test_all_in_the_first_round_is_what_a_head_is_that_was_widened_at_once() -> None:
+    at_once = LittleFederation([StrategyChoice(name="alife", params={"new": 2})]).run(2)
+    announced = LittleFederation([later(1, 1)]).run(2)
+    for name, value in at_once.model.items():
+        torch.testing.assert_close(announced.model[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_an_export_has_no_output_that_never_was_announced() -> None:
+    federation = LittleFederation([later(1, 9)]).run(1)
+    model = federation.build()
+    model.load_state_dict(federation.model)
+    x = torch.randn(5, 6)
+    whole = model.eval()(x)
+    exported = federation.stack.export(model)
+    assert torch.equal(exported(x), whole[:, :4])
+    assert "2.alife_arrived" not in exported.state_dict()
+    assert exported.state_dict()["2.weight"].shape == (4, 8)
+
+
+@pytest.mark.parametrize("since", [(1,), (3, 2), (0, 1)])
+def test_a_round_for_each_class_in_the_order_of_time(since: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="since"):
+        Alife(new=2, since=since)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from orchestrator.arithmetic.assessment import assess
 from protos.plan import StrategyChoice
 from protos.tensors import view_bytes
-from strategies import scores
+from strategies import registry, scores
 from strategies.stack import Stack
+from tests.support.wayward import Wayward
 from tests.unit.test_temperature import problem
 
 SITES = ("east", "north", "south")
@@ -58,12 +60,17 @@ def sums_of(stack: Stack, k: int, maps: dict[str, Any], second: bool) -> dict[st
 
 
 def exchange(
-    folder: Path, choices: tuple[StrategyChoice, ...], maps: dict[str, Any], second: bool
+    folder: Path,
+    choices: tuple[StrategyChoice, ...],
+    maps: dict[str, Any],
+    second: bool,
+    **more: Any,
 ) -> dict[str, Any]:
     stack = Stack(choices)
     rows = [answer(folder, s, sums_of(stack, k, maps, second)) for k, s in enumerate(SITES)]
     args = {"stack": [c.model_dump(mode="json") for c in choices], "sites": rows}
-    return assess({**args, "calibrate": not second})
+    bounds = {"seconds": 60.0, "memory_bytes": 1 << 30}
+    return assess({**args, **bounds, "calibrate": not second, **more})
 
 
 def test_sets_are_settled_behind_the_map_and_measured_per_site(tmp_path: Path) -> None:
@@ -114,3 +121,38 @@ def test_scores_and_curves_before_and_after(tmp_path: Path) -> None:
     assert first["reliability"].keys() == {"val", "test"}
     assert second["reliability"].keys() == {"val_calibrated", "test_calibrated"}
     assert sum(second["reliability"]["test_calibrated"]["count"]) == 450
+
+
+# -- strategies that misbehave ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", "raised ValueError: no root in the bracket (wayward.py:"),
+        ("memory", "needed more than its 256 MiB of memory"),
+        ("loop", "ran longer than its 0.5 s"),
+    ],
+)
+def test_a_strategy_that_fails_at_its_map_is_named_and_the_others_go_on(
+    fault: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = {**registry.catalogue(), Wayward.name: Wayward}
+    monkeypatch.setattr(registry, "catalogue", lambda: catalogue)
+    wayward = StrategyChoice(name=Wayward.name, params={"fault": fault})
+    bounds = {"seconds": 0.5 if fault == "loop" else 60.0, "memory_bytes": 256 << 20}
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    found = exchange(tmp_path, (wayward,), {}, second=False, **bounds)
+    assert found["failed"].keys() == {Wayward.name}
+    assert found["failed"][Wayward.name].startswith(words)
+    assert found["calibration"] == {}
+    assert found["scores"]["test.accuracy"] > 0
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    # Sets behind its map are still made, on raw outputs.
+    sets = exchange(tmp_path, (wayward, SETS), {}, second=False, **bounds)
+    assert sets["failed"].keys() == {Wayward.name}
+
+
+def test_who_is_left_out_is_not_asked(tmp_path: Path) -> None:
+    found = exchange(tmp_path, (MAP,), {}, second=False, without=["temperature"])
+    assert (found["calibration"], found["failed"]) == ({}, {})

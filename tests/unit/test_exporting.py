@@ -11,11 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from orchestrator.arithmetic.models import MANIFEST_KEY, from_safetensors, read_safetensors
+from orchestrator.config import parse_daemon
 from orchestrator.exporting import exported
 from orchestrator.launching import launch
 from orchestrator.rounds.first import first
-from protos.errors import InvalidInput, NotFound
+from protos.errors import ConfigInvalid, InvalidInput, NotFound
 from protos.manifest import Manifest
+from tests.support.field import BLOBS
 from tests.support.workbench import Workbench, of_spec
 
 SHARED = Manifest(
@@ -217,6 +219,34 @@ def test_what_a_strategy_keeps_is_given_out_instead(bench: Workbench) -> None:
         exported(bench.engine, "r", "3", of="soft_tree"),
     ):
         pass
+
+
+def test_what_lives_at_the_sites_is_not_made_up_and_needs_the_task(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path / "bench", config=f'[tasks.blobs]\nsource = "{BLOBS}"\n')
+    bench.enrol("north")
+    strategy = '[[strategy]]\nname = "one"\ntail = "second"\nexchange = "trunk"\n'
+    row = launch(
+        bench.engine, f'name = "r"\nrounds = 1\ntask = {{ name = "blobs" }}\n{strategy}', "", b""
+    )
+    first(bench.engine, bench.ledger.run(row.id))
+    with exported(bench.engine, "r", "0") as found:
+        paths = {path.name: path for path in found}
+        tensors = load_file(paths["model.safetensors"])
+        card = paths["MODEL_CARD.md"].read_text()
+    assert "first.weight" in tensors
+    assert not [name for name in tensors if name.startswith("second.")]
+    assert "| not here, each site has its own | second.weight, second.bias |" in card
+
+    bench.engine.config = parse_daemon("")
+    with (
+        pytest.raises(ConfigInvalid, match=r"one would take away .* not have the task blobs; add"),
+        exported(bench.engine, "r", "0"),
+    ):
+        pass
+    with exported(bench.engine, "r", "0", stored=True) as found:
+        stored = load_file(next(p for p in found if p.name == "model.safetensors"))
+    assert "second.gate.0.weight" in stored
+    bench.close()
 
 
 def test_a_foreign_file_is_a_start_too(bench: Workbench, tmp_path: Path) -> None:

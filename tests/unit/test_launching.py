@@ -165,6 +165,26 @@ def test_what_needs_the_task_is_refused_where_it_is_not(bare: Workbench) -> None
     assert go(bare, 'init = { from = "site:north" }\n' + LEAST).state == "queued"
 
 
+def test_what_a_task_lacks_is_said_at_launch(bench: Workbench) -> None:
+    """By its own code, in a process of its own."""
+    source = bench.home.path / "tasks" / "t.py"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(
+        "from torch import nn\nfrom farflung import Task\n"
+        "class T(Task):\n    def model(self):\n        return nn.Linear(2, 2)\n"
+    )
+    with pytest.raises(
+        ConfigInvalid, match=r"^run\.toml: task t: strategy feddf: it needs proxy data, which the t"
+    ):
+        go(bench, LEAST + "[[strategy]]\nname = 'feddf'")
+    with pytest.raises(ConfigInvalid, match=r'strategy one: the model has no module "nowhere"'):
+        go(bench, LEAST + "[[strategy]]\nname = 'one'\ntail = 'nowhere'")
+    source.write_text("raise ModuleNotFoundError('numpie')")
+    with pytest.raises(ConfigInvalid, match=r"task t: whether it has .* can't be said: .*numpie"):
+        go(bench, LEAST + "[[strategy]]\nname = 'fedprox'")
+    assert bench.ledger.runs() == []
+
+
 def test_a_file_is_kept_with_the_run(bare: Workbench) -> None:
     """And needs no task here."""
     row = go(bare, 'init = { from = "m.safetensors" }\n' + LEAST, start_file=b"weights")

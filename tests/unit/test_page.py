@@ -48,7 +48,13 @@ class Bench:
         ):
             self.gives(step, gives)
         self.committed: list[Any] = []
-        self.set(page_module, "commit", lambda *steps: self.committed.append(steps[-1]))
+        self.candidates: list[Any] = []
+
+        def commit(*steps: Any) -> None:
+            self.candidates.append(steps[-2])
+            self.committed.append(steps[-1])
+
+        self.set(page_module, "commit", commit)
 
     def gives(self, step: str, value: Any) -> None:
         """Let a step of the round give a value."""
@@ -59,7 +65,7 @@ class Bench:
         found = iter(results)
         self.set(assess_module, "_exchange", lambda *_: next(found))
 
-    def evaluates(self, calibration: dict[str, Any]) -> None:
+    def evaluates(self, calibration: dict[str, Any], failed: dict[str, str] | None = None) -> None:
         """Let the sums of the sites come to something."""
         value: dict[str, Any] = {
             "scores": {"val.accuracy": 0.5},
@@ -68,6 +74,7 @@ class Bench:
             "calibration": calibration,
             "settled": {},
             "awaited": False,
+            "failed": failed or {},
             "reports": {},
         }
         self.set(assess_module, "_evaluate", lambda *_: value)
@@ -108,6 +115,26 @@ def test_an_assessment_below_the_quorum_is_committed_as_unassessed(bench: Bench)
     (assessed,) = bench.committed
     assert not assessed.done
     assert assessed.missing == {"north": "gone"}
+
+
+@pytest.mark.parametrize(("on_error", "state"), [("skip", "committed"), ("hold", "held")])
+def test_a_map_that_could_not_be_fitted_is_left_out_or_holds_the_round(
+    bench: Bench, on_error: str, state: str
+) -> None:
+    config = bench.planned.config.model_copy(update={"on_error": on_error})
+    bench.gives("plan", replace(bench.planned, config=config))
+    bench.evaluates({}, {"temperature": "ran longer than its 2 s"})
+    bench.exchanges(CLOSED)
+    bench.set(bench.work.ledger, "hold_round", lambda *_, **more: None)
+    bench.set(page_module, "summary", lambda *steps: bench.candidates.append(steps[3]))
+    outcome = go(bench)
+    assert outcome.state == state
+    word = "held" if state == "held" else "skipped"
+    said = f"strategy temperature was {word} in round 1: ran longer than its 2 s"
+    assert said in bench.work.notes
+    assert outcome.reason == (said if state == "held" else "")
+    (candidate,) = bench.candidates
+    assert [(p.name, p.state) for p in candidate.plugins] == [("temperature", word)]
 
 
 def test_an_assessed_round(bench: Bench) -> None:

@@ -14,8 +14,10 @@ from protos.manifest import Manifest, TensorSpec
 from protos.plan import StrategyChoice
 from strategies import registry
 from strategies.context import Cohort, Moment, SidePayload
+from strategies.needs import AT_THE_ORCHESTRATOR, check_needs
 from strategies.protocol import Strategy
 from strategies.stack import Stack
+from strategies.task import Task
 from tests.support import strategies_for_tests
 from tests.support.little_federation import LittleFederation, LittleTask, merge
 
@@ -172,6 +174,16 @@ def test_what_reads_labels_does_not_stand_beside_what_blends_them() -> None:
     Stack([choice("mixup"), choice("acls"), choice("mbls"), choice("temperature")])
 
 
+def test_what_nobody_would_ask_for_does_not_stand_beside_who_owns_the_step() -> None:
+    for names in (("test_two_optimizers", "acls"), ("acls", "test_two_optimizers")):
+        with pytest.raises(
+            ConfigInvalid, match="test_two_optimizers owns the whole training step, so what acls"
+        ):
+            Stack([choice(name) for name in names])
+    # What changes batches or weights is asked whoever owns the step.
+    Stack([choice("test_two_optimizers"), choice("test_small_ones_vanish")])
+
+
 def test_terms_are_added_to_the_loss_that_is_owned_wherever_they_stand() -> None:
     found = []
     for names in (("label_smoothing", "acls"), ("acls", "label_smoothing")):
@@ -197,10 +209,18 @@ class LogitsOnly(LittleTask):
     embedding = ""
 
 
+class Untaught(LittleTask):
+    teacher = Task.teacher
+    val_data = Task.val_data
+    student = Task.student
+    proxy_data = Task.proxy_data
+
+
 @pytest.mark.parametrize(
     ("task", "name", "lacking"),
     [(Regression, "focal", "labels and logits"), (Regression, "acls", "logits"),
-     (LogitsOnly, "focal", "labels"), (LogitsOnly, "test_disagreement", "embedding and labels")],
+     (LogitsOnly, "focal", "labels"), (LogitsOnly, "test_disagreement", "embedding and labels"),
+     (Untaught, "seed", "teacher"), (Untaught, "temperature", "val data")],
 )  # fmt: skip
 def test_a_task_that_lacks_what_a_strategy_needs(
     task: type[LittleTask], name: str, lacking: str
@@ -208,6 +228,28 @@ def test_a_task_that_lacks_what_a_strategy_needs(
     with pytest.raises(ConfigInvalid, match=f"strategy {name}: it needs {lacking}, which the task"):
         Stack([choice(name)]).build(task())
     Stack([choice("mixup"), choice("fedprox")]).build(task())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "lacking"),
+    [
+        (choice("feddf"), "proxy data"),
+        (choice("student"), "proxy data and student"),
+        (choice("soft_tree", proxy="generated"), ""),
+        (choice("student", proxy="folder:/x"), "student"),
+    ],
+)
+def test_only_the_orchestrator_is_asked_for_proxies_and_a_student(
+    chosen: StrategyChoice, lacking: str
+) -> None:
+    stack, task = Stack([chosen]), Untaught()
+    stack.build(task)  # as a site does
+    if lacking:
+        words = f"strategy {chosen.name}: it needs {lacking}, which"
+        with pytest.raises(ConfigInvalid, match=words):
+            check_needs(stack.strategies, task, AT_THE_ORCHESTRATOR)
+    else:
+        check_needs(stack.strategies, task, AT_THE_ORCHESTRATOR)
 
 
 def test_the_order_is_that_of_the_run_file() -> None:

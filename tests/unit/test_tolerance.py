@@ -112,6 +112,7 @@ class Bench:
                 "calibration": {"temperature": {"of": kind}} if calibrate else {},
                 "settled": {},
                 "awaited": False,
+                "failed": {},
                 "reports": {},
             }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protos.contribution import ASSESSMENTS, Header
-from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, PolicyRefused, TaskFailed
+from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, TaskFailed
 from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from protos.tensors import map_file
@@ -488,5 +488,7 @@ def test_a_task_may_own_its_loop(bench: Bench) -> None:
 
 
 def test_a_strategy_that_needs_our_loop_is_refused_by_name(bench: Bench) -> None:
-    with pytest.raises(PolicyRefused, match="fedprox can't act"):
+    with pytest.raises(
+        ConfigInvalid, match="strategy fedprox: it needs our training loop, which the task OwnLoop"
+    ):
         bench.perform(plan_of(task="OwnLoop", stack=("fedprox",)))

@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from orchestrator.config import DaemonConfig, RunConfig
+from orchestrator.config import DaemonConfig
+from orchestrator.run_config import RunConfig
 from orchestrator.toml_text import literal
 from site_agent.config import SiteConfig
 from strategies.listing import attributes, listing

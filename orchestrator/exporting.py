@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.config import RunConfig
 from orchestrator.launching import committed_round
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model
+from orchestrator.run_config import RunConfig
 from protos.digest import canonical
 from protos.errors import ConfigInvalid, NotFound
 

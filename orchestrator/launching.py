@@ -8,10 +8,10 @@ import uuid
 from dataclasses import replace
 
 from orchestrator.compute.errors import PluginNotIsolated
-from orchestrator.config import RunConfig, parse_run
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import parse_start
+from orchestrator.run_config import RunConfig, parse_run
 from orchestrator.viewing import best_round
 from protos.errors import ConfigInvalid, Conflict, FarflungError, InvalidInput, NotFound
 

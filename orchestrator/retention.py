@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.config import RetentionSection, RunConfig
+from orchestrator.config import RetentionSection
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model
+from orchestrator.run_config import RunConfig
 from orchestrator.viewing import best_round
 from orchestrator.views import Collected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.run_config import RunConfig, parse_run
 from protos.errors import NotFound
 
 WEIGHTS = ".safetensors"

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator.compute.errors import ComputeDied
-from orchestrator.config import RunConfig
 from orchestrator.ledger import RunRow
 from orchestrator.retention import retire
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
+from orchestrator.run_config import RunConfig
 from protos.errors import FarflungError, Unavailable, reference_id
 
 log = logging.getLogger(__name__)

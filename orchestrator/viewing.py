@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.board import Board
-from orchestrator.config import RunConfig
 from orchestrator.ledger import Ledger, RoundRow, RunRow, SiteRow
+from orchestrator.run_config import RunConfig
 from orchestrator.sessions import Session, Sessions
 from orchestrator.views import Plugin, Reliability, Round, Run, Site, SiteWork
 

@@ -30,13 +30,14 @@ from orchestrator.bench.sampler import read
 from orchestrator.board import Board
 from orchestrator.compute import Compute, ComputeClient, ComputeConfig, InProcessCompute
 from orchestrator.compute.protocol import Lines
-from orchestrator.config import RunConfig, parse_daemon, parse_run
+from orchestrator.config import parse_daemon
 from orchestrator.exchange import Exchange
 from orchestrator.home import Home
 from orchestrator.ledger import ContributionRow, Ledger, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model, Planned
 from orchestrator.rounds.gather import Closed
 from orchestrator.rounds.reduce import reduce
+from orchestrator.run_config import RunConfig, parse_run
 from orchestrator.store import Store
 from protos.chunks import IndexWriter
 from protos.contribution import Header

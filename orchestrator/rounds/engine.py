@@ -18,10 +18,11 @@ from orchestrator.board import Board
 from orchestrator.compute.config import Limits
 from orchestrator.compute.errors import FunctionFailed, PluginRaised
 from orchestrator.compute.interface import Compute
-from orchestrator.config import DaemonConfig, RunConfig
+from orchestrator.config import DaemonConfig
 from orchestrator.exchange import Exchange
 from orchestrator.home import Home
 from orchestrator.ledger import ContributionRow, Ledger, RoundRow, RunRow
+from orchestrator.run_config import RunConfig
 from orchestrator.store import Store
 from orchestrator.views import Plugin
 from protos.chunks import write_durably

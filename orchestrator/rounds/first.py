@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig
 from orchestrator.ledger import ContributionRow, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model, payload_specs
 from orchestrator.rounds.page import Outcome
 from orchestrator.rounds.plan import plan_row
+from orchestrator.run_config import RunConfig
 from protos.contribution import Header
 from protos.errors import ContributionRefused, InvalidInput, NotFound
 from protos.manifest import Manifest

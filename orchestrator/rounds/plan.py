@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.config import RunConfig
 from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
 from orchestrator.rounds.engine import WORKER_S, Engine, Model, Planned
+from orchestrator.run_config import RunConfig
 from protos.errors import Conflict
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 

@@ -19,12 +19,13 @@ from orchestrator.arithmetic import FUNCTIONS
 from orchestrator.board import Board
 from orchestrator.compute import ComputeConfig, InProcessCompute
 from orchestrator.compute.interface import Compute
-from orchestrator.config import DaemonConfig, RunConfig, parse_daemon, parse_run
+from orchestrator.config import DaemonConfig, parse_daemon
 from orchestrator.exchange import Exchange
 from orchestrator.home import Home
 from orchestrator.ledger import ContributionRow, Ledger, PlanKind, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model, Planned
 from orchestrator.rounds.gather import Closed
+from orchestrator.run_config import RunConfig, parse_run
 from orchestrator.store import Store
 from protos.chunks import IndexWriter
 from protos.contribution import Header, Merge, PayloadSpec

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli.app import code_of
 from orchestrator.comparing import LEVEL, Scored, chosen, compare, estimate, scored
-from orchestrator.config import parse_run
+from orchestrator.run_config import parse_run
 from orchestrator.views import Run
 from protos.errors import InvalidInput, NotFound
 from tests.unit.fake_operator import FakeOperator, a_round, a_run, fake_daemon

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import RunConfig, parse_daemon, parse_run
+from orchestrator.config import parse_daemon
+from orchestrator.run_config import RunConfig, parse_run
 from protos.errors import ConfigInvalid
 
 LEAST = 'name = "r"\nrounds = 2\n[task]\nname = "t"\n'

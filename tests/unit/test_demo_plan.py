@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import parse_run
 from orchestrator.demo import plan
 from orchestrator.demo.results import Result, mean, result_table
+from orchestrator.run_config import parse_run
 from orchestrator.toml_text import document
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import parse_daemon, parse_run
+from orchestrator.config import parse_daemon
+from orchestrator.run_config import parse_run
 from site_agent.config import SiteConfig
 from strategies.loading import load_task
 from strategies.registry import make

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import RunConfig
 from orchestrator.launching import committed_round, launch
 from orchestrator.ledger import RunRow
+from orchestrator.run_config import RunConfig
 from protos.digest import digest
 from protos.errors import ConfigInvalid, FarflungError, NotFound
 from tests.support.workbench import Workbench

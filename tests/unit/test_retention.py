@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config import RetentionSection, parse_run
+from orchestrator.config import RetentionSection
 from orchestrator.ledger import PlanRow, RoundRow
 from orchestrator.retention import collect, needed
+from orchestrator.run_config import parse_run
 from protos.manifest import Manifest
 from tests.support.workbench import Workbench, of_spec
 

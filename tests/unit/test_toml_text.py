@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.run_config import RunConfig, parse_run
 from orchestrator.toml_text import document
 
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -17,9 +17,10 @@ from orchestrator.rounds.engine import (
     Planned,
     payload_specs,
 )
+from orchestrator.rounds.gather import Closed
 from orchestrator.rounds.plan import plan_rows
-from orchestrator.rounds.refine import without
-from orchestrator.rounds.tolerance import judge, judged
+from orchestrator.rounds.refine import refined_by, without
+from orchestrator.rounds.tolerance import judge, judged, too_many_to_blame, too_much_worse
 from orchestrator.small import small_model
 from orchestrator.views import Plugin
 from protos.contribution import Header
@@ -29,7 +30,7 @@ HOOKS = frozenset({"calibrate", "rate"})
 
 
 def assess(
-    engine: Engine, planned: Planned, candidate: Candidate
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate
 ) -> tuple[Candidate, Assessment] | None:
     """What is committed, with its pooled scores and calibration maps; None if interrupted.
 
@@ -39,7 +40,8 @@ def assess(
     costs no extra bytes.
 
     If plug-ins changed the average and the run has a tolerance, the average is assessed too, and is
-    what is committed if they made it worse than that.
+    what is committed if they made it worse than that. Of several, those that did are then found by
+    having each try alone.
     """
     row, every = planned.row, planned.config.assess.every
     last, gate = row.round >= planned.run.rounds, judged(planned, candidate)
@@ -52,7 +54,13 @@ def assess(
             average = _assessed(engine, planned, candidate.average, "baseline")
         if average is None:
             return None
-        candidate, assessed = judge(engine, planned, candidate, assessed, average)
+        if average.done and too_many_to_blame(planned, candidate, assessed, average):
+            found = _one_by_one(engine, planned, closed, candidate, average)
+            if found is None:
+                return None
+            candidate, assessed = found
+        else:
+            candidate, assessed = judge(engine, planned, candidate, assessed, average)
     if assessed is not None and assessed.again and not candidate.held:
         assessed = _calibrated(engine, planned, candidate, assessed)
     if assessed is None:
@@ -65,6 +73,42 @@ def assess(
     for site, values in assessed.sites.items():
         engine.board.note(site, scores=values)
     return candidate, assessed
+
+
+def _one_by_one(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, before: Assessment
+) -> tuple[Candidate, Assessment] | None:
+    """What is left when each plug-in starts from what is good so far; None if interrupted.
+
+    Args:
+        engine: The daemon's parts.
+        planned: The round.
+        closed: Its contributions.
+        candidate: As all of them left it, which was too bad.
+        before: Of the average.
+    """
+    average, tolerance = candidate.average, planned.config.tolerance
+    if average is None or tolerance is None:
+        return candidate, before
+    failed = tuple(p for p in candidate.plugins if p.state != "done")
+    good, known = replace(average, plugins=failed), before
+    for name in (p.name for p in candidate.plugins if p.state == "done"):
+        tried = refined_by(engine, planned, closed, good, name)
+        if tried.model == good.model or tried.held:
+            good = tried
+        else:
+            after = _assessed(engine, planned, tried, "assess")
+            if after is None:
+                return None
+            reason = too_much_worse(known.scores, after.scores, tolerance)
+            if reason:
+                spoilt = tried.plugins[-1].model_copy(update={"reason": reason})
+                good = without(engine, planned, good, spoilt)
+            else:
+                good, known = tried, after
+        if good.held:
+            break
+    return good, known
 
 
 def _assessed(

@@ -59,7 +59,7 @@ def run_round(engine: Engine, run: RunRow, number: int, abandoning: str = "") ->
         if candidate.held:
             return _hold(engine, planned, closed, candidate, Assessment())
         with timed(engine.board, "assessing"):
-            found = assess(engine, planned, candidate)
+            found = assess(engine, planned, closed, candidate)
         if found is None:
             return Outcome("interrupted")
         candidate, assessed = found

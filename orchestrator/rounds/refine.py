@@ -24,18 +24,24 @@ def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidat
     average = candidate
     hooks = engine.stack_facts(planned.stack)["hooks"]
     for name in (c["name"] for c in planned.stack):
-        if "refine" not in hooks[name]:
-            continue
-        start = time.monotonic()
-        try:
-            candidate = _one(engine, planned, closed, candidate, name, start)
-        except FarflungError as error:
-            seconds = time.monotonic() - start
-            plugin = Plugin(name=name, state="skipped", reason=error.message, seconds=seconds)
-            candidate = without(engine, planned, candidate, plugin)
+        if "refine" in hooks[name]:
+            candidate = refined_by(engine, planned, closed, candidate, name)
             if candidate.held:
                 return candidate
     return replace(candidate, average=average) if candidate.model != average.model else candidate
+
+
+def refined_by(
+    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, name: str
+) -> Candidate:
+    """The candidate after one strategy's hook, or without it if that fails."""
+    start = time.monotonic()
+    try:
+        return _one(engine, planned, closed, candidate, name, start)
+    except FarflungError as error:
+        seconds = time.monotonic() - start
+        plugin = Plugin(name=name, state="skipped", reason=error.message, seconds=seconds)
+        return without(engine, planned, candidate, plugin)
 
 
 def without(engine: Engine, planned: Planned, candidate: Candidate, *failed: Plugin) -> Candidate:

@@ -14,6 +14,19 @@ def judged(planned: Planned, candidate: Candidate) -> bool:
     return planned.config.tolerance is not None and candidate.average is not None
 
 
+def too_many_to_blame(
+    planned: Planned, candidate: Candidate, after: Assessment, before: Assessment
+) -> bool:
+    """Whether a candidate is too bad, and several plug-ins had a part in it."""
+    tolerance = planned.config.tolerance
+    several = sum(p.state == "done" for p in candidate.plugins) > 1
+    return (
+        several
+        and tolerance is not None
+        and bool(too_much_worse(before.scores, after.scores, tolerance))
+    )
+
+
 def judge(
     engine: Engine,
     planned: Planned,
@@ -23,8 +36,7 @@ def judge(
 ) -> tuple[Candidate, Assessment]:
     """The candidate, or the average that it was made of, with its assessment.
 
-    Plug-ins are judged together: they worked on each other's results, and only the last of these
-    was assessed. What is tolerated has to be shown: without both assessments the average is taken.
+    What is tolerated has to be shown: without both assessments the average is taken.
 
     Args:
         engine: The daemon's parts.

@@ -161,5 +161,5 @@ def test_every_nth_round_and_the_last_one_are_assessed(
     )
     exchanged = []
     bench.set(assess_module, "_exchange", lambda *_: exchanged.append(1) or ABANDONED)
-    assert assess(bench.work.engine, planned, bench.candidate) is not None
+    assert assess(bench.work.engine, planned, Closed(()), bench.candidate) is not None
     assert bool(exchanged) == asked

@@ -59,6 +59,7 @@ class Bench:
 
     def __init__(self, work: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
         self.work, self.set = work, monkeypatch.setattr
+        self.assessed = 0.0
         work.enrol("north")
         self.run = work.run("r")
         manifest = Manifest((of_spec("w", (2,)),))
@@ -193,3 +194,87 @@ def test_a_round_that_would_not_be_assessed_is_if_it_has_to_be_judged(bench: Ben
     never = bench.planned.config.assess.model_copy(update={"every": 0})
     bench.go({"assess": 0.95, "baseline": 0.9, "reassess": 0.95}, assess=never)
     assert bench.committed[0][1].done
+
+
+# -- several plug-ins -------------------------------------------------------------------------------
+
+
+def several(bench: Bench, worth: dict[str, float], **run_file: Any) -> tuple[Outcome, list[str]]:
+    """A round with two plug-ins, each of which changes the accuracy of what it is given by so much.
+
+    Gives also what was asked, in order.
+    """
+    manifest = Manifest((of_spec("w", (2,)),))
+    accuracy = {bench.average.model.shared: 0.5}
+    asked: list[str] = []
+
+    def refined_by(_e: Any, _p: Any, _c: Any, given: Candidate, name: str) -> Candidate:
+        asked.append(f"refine {name}")
+        plugin = Plugin(name=name, state="done", report={"loss": 1.0})
+        plugins = (*given.plugins, plugin)
+        if not worth[name]:
+            return replace(given, plugins=plugins)
+        found = accuracy[given.model.shared] + worth[name]
+        model = bench.work.put_model(manifest, {"w": torch.full((2,), found)})
+        accuracy[model] = found
+        return replace(given, model=Model(model), plugins=plugins)
+
+    def exchange(_e: Any, _p: Any, candidate: Candidate, kind: str, _: Any) -> Gathered:
+        asked.append(f"{kind} {accuracy[candidate.model.shared]:.1f}")
+        bench.assessed = accuracy[candidate.model.shared]
+        return CLOSED
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        empty = ("reliability", "calibration", "settled", "reports", "failed")
+        nothing: dict[str, Any] = {key: {} for key in empty}
+        found = {"val.accuracy": bench.assessed}
+        return {**nothing, "scores": found, "sites": {"north": found}, "awaited": False}
+
+    config = bench.planned.config.model_copy(update={"tolerance": 0.01, **run_file})
+    planned = replace(bench.planned, config=config)
+    candidate = bench.average
+    for name in worth:
+        candidate = refined_by(None, None, None, candidate, name)
+    asked.clear()
+    bench.set(page_module, "plan", lambda *_: planned)
+    bench.set(page_module, "refine", lambda *_: replace(candidate, average=bench.average))
+    bench.set(assess_module, "refined_by", refined_by)
+    bench.set(assess_module, "_exchange", exchange)
+    bench.set(assess_module, "_evaluate", evaluate)
+    return run_round(bench.work.engine, bench.run, 1), asked
+
+
+def test_the_good_one_of_two_stays(bench: Bench) -> None:
+    for worth, bad in (({"a": -0.3, "b": 0.2}, "a"), ({"a": 0.2, "b": -0.3}, "b")):
+        bench.committed.clear()
+        _, asked = several(bench, worth)
+        ((candidate, assessed),) = bench.committed
+        states = {p.name: p.state for p in candidate.plugins}
+        assert states == {name: "skipped" if name == bad else "done" for name in worth}
+        assert assessed.scores["val.accuracy"] == pytest.approx(0.7)
+        reasons = {p.name: p.reason for p in candidate.plugins}
+        assert "fell by 30.00 points" in reasons[bad]
+        assert asked[:2] == ["assess 0.4", "baseline 0.5"]
+
+
+def test_one_makes_up_for_the_other_and_nobody_looks_further(bench: Bench) -> None:
+    _, asked = several(bench, {"a": -0.3, "b": 0.4})
+    assert asked == ["assess 0.6", "baseline 0.5"]
+    assert [p.state for p in bench.committed[0][0].plugins] == ["done", "done"]
+
+
+def test_what_learns_beside_the_model_learns_from_what_is_committed(bench: Bench) -> None:
+    _, asked = several(bench, {"a": -0.3, "student": 0.0})
+    assert asked == ["assess 0.2", "baseline 0.5", "refine a", "assess 0.2", "refine student"]
+    ((candidate, assessed),) = bench.committed
+    assert candidate.model == bench.average.model
+    assert {p.name: p.state for p in candidate.plugins} == {"a": "skipped", "student": "done"}
+    assert assessed.scores["val.accuracy"] == 0.5
+
+
+def test_the_first_bad_one_holds_the_round_where_the_run_says_so(bench: Bench) -> None:
+    outcome, asked = several(bench, {"a": 0.1, "b": -0.3, "c": 0.1}, on_error="hold")
+    assert outcome.state == "held"
+    assert "strategy b was held in round 1" in outcome.reason
+    assert asked[-1] == "assess 0.3"
+    assert bench.committed == []

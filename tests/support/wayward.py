@@ -1,12 +1,15 @@
-"""A third party's calibration strategy that does at the orchestrator what it is told to."""
+"""A third party's strategies that do at the orchestrator what they should not."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
 
+import torch
+
 from strategies.calibration.temperature import Temperature
-from strategies.context import Calibration, Tensors
+from strategies.context import Calibration, Refinement, Tensors
+from strategies.protocol import Strategy
 
 
 class Wayward(Temperature):
@@ -39,8 +42,23 @@ class Wayward(Temperature):
         return super().calibrate(sums)
 
 
+class Spoiler(Strategy):
+    """Test: a plug-in that forgets everything."""
+
+    name = "test_spoiler"
+    family = "distillation"
+    summary = "Test: a model without weights."
+
+    def refine(self, refinement: Refinement) -> dict[str, float]:
+        """Set all weights to zero."""
+        with torch.no_grad():
+            for parameter in refinement.model.parameters():
+                parameter.zero_()
+        return {}
+
+
 def install(folder: Path) -> str:
-    """Make a folder in which Python finds the strategy as an installed package's; gives it."""
+    """Make a folder in which Python finds them as those of an installed package; gives it."""
     metadata = folder / "farflung_wayward-1.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(
@@ -48,5 +66,6 @@ def install(folder: Path) -> str:
     )
     (metadata / "entry_points.txt").write_text(
         f"[farflung.strategies]\n{Wayward.name} = {__name__}:Wayward\n"
+        f"{Spoiler.name} = {__name__}:Spoiler\n"
     )
     return str(folder)

@@ -1,4 +1,4 @@
-"""What learns from a teacher while a site trains: SRDL, ONE, CLSA, SEED, and what they share."""
+"""What is grafted into a model and learns beside it at a site: ONE, CLSA, SEED."""
 
 from __future__ import annotations
 
@@ -12,87 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protos.errors import ConfigInvalid
-from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, TaskChoice, Work
-from strategies.context import Draft, RoundSummary, Step
-from strategies.distillation import probe
+from protos.plan import StrategyChoice
 from strategies.distillation.clsa import CLSA, levels_of
 from strategies.distillation.one import ONE, ensemble_of, mixed, opened, ramp_up
 from strategies.distillation.seed import SEED, enqueue, normalised, similarity_loss, student_of
-from strategies.distillation.self_distillation import SelfDistillation
 from strategies.distillation.softened import divergence
-from strategies.distillation.srdl import SRDL
-from strategies.schedule import learning_rate
 from strategies.stack import Stack
-from strategies.task import Task
+from tests.support.distilling import Deep, built, step_of, went
 from tests.support.little_federation import LittleFederation, LittleTask
 
 # The vector of algorithms.md section 3: three branches, and the gate before its ReLU.
 Z = torch.tensor([[[2, 0, -1.0], [1, 1, 0.0], [0, 2, 0.0]]], dtype=torch.float64)
 GATE = torch.tensor([[0.2, -0.5, 1.0]], dtype=torch.float64)
 LABEL = torch.tensor([0])
-
-
-class Deep(Task):
-    """Pictures through two convolutions, with tensors of known names."""
-
-    embedding = "4"
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(6, 3),
-        )  # fmt: skip
-
-
-def step_of(name: str, model: nn.Module, number: int = 2, **params: Any) -> Step:
-    """A step of eight pictures, with one strategy in the plan."""
-    torch.manual_seed(3)
-    plan = Plan(
-        run="r",
-        round=number,
-        attempt=1,
-        site="north",
-        task=TaskChoice(name="t"),
-        stack=(StrategyChoice(name=name, params=params),),
-        work=Work(epochs=1),
-        schedule=Schedule(lr=0.1),
-    )
-    base = {key: value.detach().clone() + 0.1 for key, value in model.state_dict().items()}
-
-    def base_model() -> nn.Module:
-        teacher = copy.deepcopy(model)
-        teacher.load_state_dict(base)
-        return teacher
-
-    return Step(
-        plan=plan,
-        task=Deep(),
-        model=model.train(),
-        base=base,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        index=0,
-        total=4,
-        epoch=0,
-        learning_rate=0.1,
-        generator=torch.Generator(),
-        inputs=torch.randn(8, 1, 8, 8),
-        targets=torch.arange(8) % 3,
-        base_model_factory=base_model,
-    )
-
-
-def went(strategy: Any, step: Step, state: dict[str, Tensor] | None = None) -> Tensor:
-    """The loss after batch, forward and objective."""
-    strategy.batch(step)
-    step.outputs = step.task.forward(step.model, step.inputs)
-    loss = step.task.loss(step.outputs, step.targets)
-    return strategy.objective(loss, step, state or {})  # type: ignore[no-any-return]
-
-
-def built(strategy: Any, task: Task | None = None) -> nn.Module:
-    torch.manual_seed(0)
-    task = task or Deep()
-    return strategy.build(task.model(), task)  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------------ ONE
@@ -378,136 +310,7 @@ def test_seed_wants_a_teacher_and_deploys_the_student_alone() -> None:
     assert deployed.state_dict().keys() == Deep().model().state_dict().keys()
 
 
-# ----------------------------------------------------------------------------------------- SRDL
-
-
-def draft(number: int) -> Draft:
-    return Draft(
-        round=number, rounds=4, last=RoundSummary(), cohort=("north",), work=Work(epochs=1),
-        schedule=Schedule(lr=0.2), optimizer=OptimizerChoice(), batch_size=8,
-    )  # fmt: skip
-
-
-def test_the_rate_falls_to_its_floor_in_a_stage_and_starts_anew() -> None:
-    for number in (1, 2):
-        schedule = SRDL(decay=0.001).plan(draft(number), {})[0].schedule
-        assert learning_rate(schedule, 0) == 0.2
-        assert learning_rate(schedule, 0.5) == pytest.approx(0.2 * (1 + 0.001) / 2)
-        assert learning_rate(schedule, 1) == pytest.approx(0.2 * 0.001)
-
-
-def test_the_first_base_of_stage_two_is_kept_and_teaches_to_the_end() -> None:
-    strategy = SRDL(start=2)
-    step = step_of("srdl", built(strategy), 1)
-    base, state = strategy.adopt(dict(step.base), {}, step.plan)
-    assert state == {}
-    assert went(strategy, step, state).equal(step.task.loss(step.outputs, step.targets))
-    second = step_of("srdl", built(strategy), 2)
-    _, state = strategy.adopt(dict(second.base), state, second.plan)
-    assert state.keys() == base.keys()
-    third = step_of("srdl", built(strategy), 3)
-    later = {name: value + 1 for name, value in third.base.items()}
-    _, after = strategy.adopt(later, state, third.plan)
-    assert all(torch.equal(after[name], value) for name, value in state.items())
-    found = went(strategy, third, after)
-    teacher = Deep().model()
-    teacher.load_state_dict(state)
-    expected = third.task.loss(third.outputs, third.targets) + divergence(
-        teacher.eval()(third.inputs), third.outputs, 3.0
-    )
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    frozen = third.scratch["srdl.teacher"]
-    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-
-
-def test_a_random_restart_draws_new_weights_the_same_everywhere_once() -> None:
-    strategy = SRDL(restart="random")
-    found = []
-    for site in ("north", "south"):
-        step = step_of("srdl", built(strategy), 2, restart="random")
-        step.plan = step.plan.model_copy(update={"site": site})
-        step.model(step.inputs).sum().backward()
-        step.optimizer.step()
-        before = {name: value.clone() for name, value in step.model.state_dict().items()}
-        strategy.batch(step)
-        assert not step.optimizer.state, "momentum of weights that are gone"
-        found.append({name: value.clone() for name, value in step.model.state_dict().items()})
-        assert not any(torch.equal(found[-1][name], value) for name, value in before.items())
-        strategy.batch(replace(step, index=1))
-        assert all(torch.equal(found[-1][n], v) for n, v in step.model.state_dict().items())
-    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
-
-
-def test_what_was_kept_stays_home() -> None:
-    federation = LittleFederation([StrategyChoice(name="srdl")]).run(1)
-    base = {name: value.clone() for name, value in federation.model.items()}
-    federation.run(2)
-    for site, state in federation.state.items():
-        assert all(torch.equal(state["srdl"][name], value) for name, value in base.items())
-        assert not federation.payloads[site]
-
-
-# ----------------------------------------------------------------- self-distillation with memory
-
-
-def test_a_teacher_with_memory_is_the_running_mean_of_the_bases() -> None:
-    strategy = SelfDistillation(memory=0.75, start=1, ramp=1)
-    step = step_of("self_distillation", built(strategy), 1)
-    state: dict[str, Tensor] = {}
-    for factor in (1.0, 5.0):
-        base = {name: factor * value for name, value in step.base.items()}
-        adopted, state = strategy.adopt(base, state, step.plan)
-        assert adopted is base
-    for name, value in step.base.items():
-        torch.testing.assert_close(state[name], 0.75 * value + 0.25 * 5 * value)
-    found = went(strategy, step, state)
-    teacher = Deep().model()
-    teacher.load_state_dict(state)
-    expected = step.task.loss(step.outputs, step.targets) + 0.5 * divergence(
-        teacher(step.inputs), step.outputs, 3.0
-    )
-    torch.testing.assert_close(found, expected)
-
-
-# ---------------------------------------------------------------------------------------- probes
-
-
-def test_probes_read_what_is_there_and_nothing_else() -> None:
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(4, (400,), generator=generator)
-    noise = torch.randn(400, 6, generator=generator)
-    clear = 5 * F.one_hot(targets, 6) + noise
-    for count in (probe.linear, probe.nearest):
-        assert float(count(clear, targets)) / 400 > 0.95
-        assert float(count(noise, targets)) / 400 < 0.4
-    assert float(probe.linear(clear[:3], targets[:3])) == 0
-    assert float(probe.nearest(clear[:1], targets[:1])) == 0
-
-
-def test_probes_agree_with_scikit_learn() -> None:
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import LeaveOneOut, cross_val_predict
-    from sklearn.neighbors import KNeighborsClassifier
-
-    generator = torch.Generator().manual_seed(1)
-    targets = torch.randint(3, (60,), generator=generator)
-    x = F.one_hot(targets, 4) + torch.randn(60, 4, generator=generator)
-    voted = cross_val_predict(
-        KNeighborsClassifier(5, metric="cosine", algorithm="brute"), x, targets, cv=LeaveOneOut()
-    )
-    assert float(probe.nearest(x, targets)) == (voted == targets.numpy()).sum()
-    right = 0
-    for fold in range(5):
-        asked = torch.arange(60) % 5 == fold
-        known = x[~asked].double()
-        mean, scale = known.mean(0), known.std(0)
-        fitted = Ridge(alpha=1e-9 * len(known)).fit(
-            ((known - mean) / scale).numpy(), F.one_hot(targets[~asked], 3).numpy()
-        )
-        given = torch.tensor(fitted.predict(((x[asked].double() - mean) / scale).numpy()))
-        right += int((given.argmax(1) == targets[asked]).sum())
-    assert float(probe.linear(x, targets, ridge=1e-9)) == right
+# ---------------------------------------------------------------------------------- all of them
 
 
 def test_grafts_pass_through_the_stack_of_a_site() -> None:

@@ -113,8 +113,10 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
         "reliability": {s: _curve(sums) for s, sums in _by_split(pooled).items() if "bins" in sums},
         "calibration": {}, "settled": {}, "reports": {}, "failed": {},
     }  # fmt: skip
-    acting = [c for c in args["stack"] if c["name"] not in args.get("without", ())]
-    for choice in acting:
+    left_out = set(args.get("without", ()))
+    for choice in args["stack"]:
+        if choice["name"] in left_out:
+            continue
         alone = stack_of([choice])
         try:
             with bounded(args["seconds"], args["memory_bytes"]):
@@ -126,8 +128,10 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
             out[key] |= found[key]
         for site, own in found["sites"].items():
             out["sites"][site] |= own
-    stack = stack_of([c for c in acting if c["name"] not in out["failed"]])
-    out["awaited"] = calibrate and bool(stack.mapping and stack.rating)
+    # A site shows outputs to those in the second exchange if its stack has a map, fitted or not.
+    stack = stack_of(args["stack"])
+    waiting = {s.name for s in stack.rating} - left_out - out["failed"].keys()
+    out["awaited"] = calibrate and bool(stack.mapping and waiting)
     return out
 
 

@@ -148,9 +148,13 @@ def test_a_strategy_that_fails_at_its_map_is_named_and_the_others_go_on(
     assert found["calibration"] == {}
     assert found["scores"]["test.accuracy"] > 0
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert not found["awaited"]
     # Sets behind its map are still made, on raw outputs.
     sets = exchange(tmp_path, (wayward, SETS), {}, second=False, **bounds)
     assert sets["failed"].keys() == {Wayward.name}
+    assert sets["awaited"]
+    sets = exchange(tmp_path, (wayward, SETS), {}, second=True, **bounds)
+    assert sets["settled"].keys() == {"conformal"}
 
 
 def test_who_is_left_out_is_not_asked(tmp_path: Path) -> None:

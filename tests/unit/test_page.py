@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.compute.errors import ComputeTimedOut
 from orchestrator.exchange import Gathered
 from orchestrator.gathering import Decision
 from orchestrator.rounds import assess as assess_module
@@ -163,3 +164,27 @@ def test_every_nth_round_and_the_last_one_are_assessed(
     bench.set(assess_module, "_exchange", lambda *_: exchanged.append(1) or ABANDONED)
     assert assess(bench.work.engine, planned, Closed(()), bench.candidate) is not None
     assert bool(exchanged) == asked
+
+
+def test_code_that_never_comes_back_ends_with_its_worker_and_is_not_asked_again(
+    bench: Bench,
+) -> None:
+    stack = [{"name": name, "params": {}, "rounds": None} for name in ("fedprox", "temperature")]
+    row = replace(bench.planned.row, draft={**bench.planned.row.draft, "stack": stack})
+    asked: list[list[str]] = []
+
+    def ask(function: str, args: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert function == "assess"
+        assert seconds > args["seconds"]
+        asked.append(args.get("without", []))
+        if len(asked) == 1:
+            raise ComputeTimedOut("not done after 1860 s: 1 tasks, now cancelled")
+        return {"scores": {"val.accuracy": 0.5}, "failed": {}}
+
+    engine = bench.work.engine
+    engine.stack_facts(stack)
+    bench.set(engine, "ask", ask)
+    found = assess_module._evaluate(engine, replace(bench.planned, row=row), "assess", True)
+    assert asked == [[], ["temperature"]]
+    assert found["scores"] == {"val.accuracy": 0.5}
+    assert found["failed"] == {"temperature": "not done after 1860 s: 1 tasks, now cancelled"}

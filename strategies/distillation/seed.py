@@ -38,8 +38,8 @@ class SEED(Strategy):
     The teacher comes from `Task.teacher`; its tensors are placed ``frozen``: known by digest,
     fetched once by a site that has others, never in a contribution. So it is enough that whoever
     gives the first base (``init.from``) really has it. The queue is state of the site: it survives
-    restarts and never leaves. Labels are not used with ``weight = 1``. An export keeps the
-    student without its head. `probe` says how good the student's embeddings are.
+    restarts and never leaves. Labels are not used with ``weight = 1``. ``farflung export``
+    gives out the student without head and teacher. `probe` says how good its embeddings are.
 
     Degenerate case: ``weight = 0`` adds neither teacher nor head.
 

@@ -99,6 +99,11 @@ class Workbench:
             workers=workers,
         )
 
+    def run_tasks_here(self) -> None:
+        """Run a task's code in this process, where it takes a child and seconds in a daemon."""
+        ask = self.engine.ask
+        self.engine.isolated = lambda function, args, threads=1: ask(function, args)  # type: ignore[method-assign]
+
     def close(self) -> None:
         """Close the ledger."""
         self.ledger.close()

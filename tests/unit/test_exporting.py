@@ -223,6 +223,7 @@ def test_what_a_strategy_keeps_is_given_out_instead(bench: Workbench) -> None:
 
 def test_what_lives_at_the_sites_is_not_made_up_and_needs_the_task(tmp_path: Path) -> None:
     bench = Workbench(tmp_path / "bench", config=f'[tasks.blobs]\nsource = "{BLOBS}"\n')
+    bench.run_tasks_here()
     bench.enrol("north")
     strategy = '[[strategy]]\nname = "one"\ntail = "second"\nexchange = "trunk"\n'
     row = launch(

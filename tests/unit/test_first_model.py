@@ -73,13 +73,11 @@ def test_what_is_neither_is_refused_by_tensor(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_from_a_round_widens_its_head_and_leaves_its_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     bench = Workbench(tmp_path, config=f'[tasks.blobs]\nsource = "{BLOBS}"\n')
     bench.enrol("north")
-    # The task's code is ours here: it needs no process of its own.
-    functions = {"first_model": first_model, "check_task": lambda args: {}}
-    monkeypatch.setattr(bench.engine, "isolated", lambda name, args: functions[name](args))
+    bench.run_tasks_here()
 
     def run(name: str, start: str, strategy: str) -> Any:
         text = f'name = "{name}"\nrounds = 1\ntask = {{ name = "blobs" }}\ninit = {{ from = "{start}" }}\n'

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config import parse_daemon
 from orchestrator.launching import committed_round, launch
 from orchestrator.ledger import RunRow
 from orchestrator.run_config import RunConfig
@@ -166,7 +167,7 @@ def test_what_needs_the_task_is_refused_where_it_is_not(bare: Workbench) -> None
 
 
 def test_what_a_task_lacks_is_said_at_launch(bench: Workbench) -> None:
-    """By its own code, in a process of its own."""
+    bench.run_tasks_here()
     source = bench.home.path / "tasks" / "t.py"
     source.parent.mkdir(exist_ok=True)
     source.write_text(
@@ -179,7 +180,8 @@ def test_what_a_task_lacks_is_said_at_launch(bench: Workbench) -> None:
         go(bench, LEAST + "[[strategy]]\nname = 'feddf'")
     with pytest.raises(ConfigInvalid, match=r'strategy one: the model has no module "nowhere"'):
         go(bench, LEAST + "[[strategy]]\nname = 'one'\ntail = 'nowhere'")
-    source.write_text("raise ModuleNotFoundError('numpie')")
+    source.with_name("broken.py").write_text("raise ModuleNotFoundError('numpie')")
+    bench.engine.config = parse_daemon('[tasks.t]\nsource = "tasks/broken.py:T"\n')
     with pytest.raises(ConfigInvalid, match=r"task t: whether it has .* can't be said: .*numpie"):
         go(bench, LEAST + "[[strategy]]\nname = 'fedprox'")
     assert bench.ledger.runs() == []

@@ -265,7 +265,8 @@ def part(seeds: Sequence[Seed], sets: Sets, short: Sequence[str]) -> str:
             "classes. Test data of all sites, in per cent, mean ± standard deviation over the seeds. "
             f'"{ACLS}" has the default margin of {MARGINS[0]:g}, "{CHOSEN}" that of {margins} whose ECE on '
             "the validation data of all sites was least; the bars of ACLS are over the latter. Maps are "
-            "fitted to the model of the arm cross-entropy, but for the temperature behind ACLS."
+            "fitted to the model of the arm cross-entropy, but for the temperature behind ACLS; copies of "
+            "a picture count as one picture in its test (`repeats` 4)."
         ),
         "",
         "| data | seeds | arm | accuracy | ECE | AECE | class-wise ECE | NLL |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from protos.plan import Plan
 from site_agent.pipe import Progress
+from site_agent.trainer.batches import Batches
 from site_agent.trainer.device import widened
 from site_agent.trainer.watch import Watch
 from site_agent.trainer.workload import Workload
@@ -16,6 +18,8 @@ from strategies.scores import Sums, add, flatten, is_classification, narrowed, s
 
 BATCH_SIZE = 512
 SPLITS = ("val", "test")
+KEPT_BYTES = 2**26
+"""Outputs of a split larger than that are computed again for the second exchange, not kept."""
 
 
 def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor], int]:
@@ -30,6 +34,8 @@ def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor],
     out: dict[str, Tensor] = {}
     samples = 0
     work.model.eval()
+    if plan.kind == "assess":
+        work.outputs.clear()
     for split in SPLITS:
         sums = _split(work, plan, split, watch)
         prefix = f"{split}_calibrated" if plan.kind == "reassess" else split
@@ -48,12 +54,8 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
         return {}
     total: Sums = {}
     done = 0
-    for batch in batches.epoch(None, 0):
+    for outputs, targets in _outputs(work, plan, split, batches):
         watch.check()
-        inputs, targets = work.task.unpack(batch)
-        with work.device.autocast():
-            outputs = work.task.forward(work.model, inputs)
-        outputs = widened(outputs)
         if plan.kind == "reassess":
             if is_classification(work.task) and outputs.dim() > 2:
                 outputs, targets = flatten(outputs, targets)
@@ -73,6 +75,35 @@ def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
                 )
             )
     return total
+
+
+def _outputs(work: Workload, plan: Plan, split: str, batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """Outputs and targets, batch by batch.
+
+    Those of the first exchange serve the second one, too, if they are no larger than `KEPT_BYTES`:
+    the model is the same, and to run it is what an assessment costs.
+    """
+    key = (plan.run, plan.round, plan.attempt, plan.base, split)
+    kept = work.outputs.pop(key, None) if plan.kind == "reassess" else None
+    if kept is not None:
+        yield from kept
+        return
+    room, kept = KEPT_BYTES, []
+    for batch in batches.epoch(None, 0):
+        inputs, targets = work.task.unpack(batch)
+        with work.device.autocast():
+            outputs = work.task.forward(work.model, inputs)
+        outputs = widened(outputs)
+        yield outputs, targets
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            room -= outputs.nbytes + targets.nbytes
+            kept.append((outputs, targets))
+        else:
+            room = -1
+        if room < 0:
+            kept.clear()
+    if plan.kind != "reassess" and work.stack.mapping and room >= 0:
+        work.outputs[key] = kept
 
 
 def _of_strategies(work: Workload, plan: Plan, split: str, outputs: Any, targets: Any) -> Sums:

@@ -87,6 +87,8 @@ class Workload:
                 parameter.requires_grad_(False)
         self._initial = self._snapshot()
         self._frozen_digest: str | None = None
+        # By run, round, attempt, base and split: what `assessing` keeps between its two exchanges.
+        self.outputs: dict[tuple[str, int, int, str, str], list[tuple[Tensor, Tensor]]] = {}
 
     @staticmethod
     def key_of(loaded: LoadedTask, plan: Plan) -> str:

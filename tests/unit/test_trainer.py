@@ -18,6 +18,7 @@ from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from protos.tensors import map_file
 from site_agent.pipe import Progress
+from site_agent.trainer import assessing
 from site_agent.trainer import watch as watch_module
 from site_agent.trainer.exchange import Clock, Exchange
 from site_agent.trainer.pace import Pace
@@ -447,6 +448,45 @@ def test_assess_and_reassess_of_a_calibration(bench: Bench) -> None:
     assert not any(name.startswith("temperature/") for name in again.payload_names)
     assert float(later["val_calibrated/n"]) == 30
     assert float(later["val_calibrated/correct"]) == float(sums["val/correct"])
+
+
+def test_the_second_exchange_does_not_run_the_model_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = (StrategyChoice(name="temperature"),)
+    first = plan_of(kind="assess", stack=stack)
+    again = plan_of(kind="reassess", stack=stack, calibration={"temperature": {"temperature": 2.0}})
+    work, ran = workload_of(first), []
+    forward = work.task.forward
+
+    def counted(*arguments: Any) -> Any:
+        ran.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(work.task, "forward", counted, raising=False)
+
+    def runs(plan: Plan) -> tuple[int, dict[str, Tensor]]:
+        ran.clear()
+        _, sums, _ = bench.perform(plan, work=work)
+        return len(ran), sums
+
+    there, fresh = runs(again)
+    assert there > 0
+    assert runs(first)[0] == there
+    none, kept = runs(again)
+    assert none == 0
+    assert kept.keys() == fresh.keys()
+    assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+    # Asked once more, as after a break; for another model; or if its outputs are too large to keep.
+    assert runs(again)[0] == there
+    runs(first)
+    assert runs(again.model_copy(update={"base": "0" * 64}))[0] == there
+    runs(first.model_copy(update={"round": 2}))
+    assert {key[1] for key in work.outputs} == {2}
+    monkeypatch.setattr(assessing, "KEPT_BYTES", 10)
+    runs(first)
+    assert not work.outputs
+    assert runs(again)[0] == there
 
 
 def test_what_looks_behind_the_map_is_asked_for_once(bench: Bench) -> None:

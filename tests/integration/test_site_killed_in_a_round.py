@@ -57,8 +57,6 @@ def open_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
 def field(open_sites: Field) -> Iterator[Field]:
     yield open_sites
     open_sites.clear()
-    if VICTIM not in open_sites.federation.agents:
-        open_sites.federation.start_site(VICTIM)
 
 
 def two_rounds(field: Field, name: str, strategy: list[dict[str, Any]], kill: bool) -> list[Round]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.part import Part
 from farflung import Options, Task
 
 CLASSES = 10
@@ -43,19 +44,9 @@ class D8(Task):
         proxy: int = Field(1000, ge=0)
         hidden: int = Field(64, ge=1)
 
-    class Settings(Options):
-        """This site's part.
-
-        Attributes:
-            part: From 0 to parts - 1.
-            parts: Of how many.
-        """
-
-        part: int = Field(0, ge=0)
-        parts: int = Field(3, ge=1)
-
+    Settings = Part
     params: Params
-    settings: Settings
+    settings: Part
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -66,7 +57,7 @@ class D8(Task):
         )
 
     def train_data(self) -> TensorDataset:
-        mine = np.array_split(self.division[0], self.settings.parts)[self.settings.part]
+        mine = self.settings.of(self.division[0])
         return self.data(mine)
 
     def test_data(self) -> TensorDataset:

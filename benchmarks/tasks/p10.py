@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.part import Part
 from farflung import Options, Task
 
 PHOTOGRAPHS = (
@@ -43,19 +44,9 @@ class P10(Task):
         val: int = Field(200, ge=10)
         test: int = Field(1000, ge=10)
 
-    class Settings(Options):
-        """This site's part.
-
-        Attributes:
-            part: From 0 to parts - 1.
-            parts: Of how many.
-        """
-
-        part: int = Field(0, ge=0)
-        parts: int = Field(3, ge=1)
-
+    Settings = Part
     params: Params
-    settings: Settings
+    settings: Part
 
     def model(self) -> nn.Module:
         def stage(channels: int, width: int) -> nn.Sequential:
@@ -76,7 +67,7 @@ class P10(Task):
 
     def train_data(self) -> TensorDataset:
         order = np.random.default_rng([self.params.seed, 9]).permutation(self.params.train)
-        chosen = np.sort(np.array_split(order, self.settings.parts)[self.settings.part])
+        chosen = np.sort(self.settings.of(order))
         pixels, labels = self._patches("left", self.params.train, 0).tensors
         return TensorDataset(pixels[chosen], labels[chosen])
 

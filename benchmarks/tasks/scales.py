@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.part import Part
 from farflung import Options, Task
 
 KNOWN = 6
@@ -43,20 +44,10 @@ class SCALES(Task):
         train: int = Field(1500, ge=1)
         test: int = Field(512, ge=2, le=512)
 
-    class Settings(Options):
-        """This site's part.
-
-        Attributes:
-            part: From 0 to parts - 1.
-            parts: Of how many.
-        """
-
-        part: int = Field(0, ge=0)
-        parts: int = Field(3, ge=1)
-
+    Settings = Part
     features = frozenset({"logits"})
     params: Params
-    settings: Settings
+    settings: Part
 
     def model(self) -> nn.Module:
         def level(channels: int, width: int) -> nn.Sequential:
@@ -77,7 +68,7 @@ class SCALES(Task):
         pixels, labels = self._pictures
         generator = np.random.default_rng(self.params.seed)
         order = generator.permutation(np.flatnonzero(labels.numpy() < KNOWN))[: self.params.train]
-        mine = np.array_split(order, self.settings.parts)[self.settings.part]
+        mine = self.settings.of(order)
         drawn = np.random.default_rng([self.params.seed, self.settings.part])
         return TensorDataset(seen(pixels[mine], drawn), labels[mine])
 

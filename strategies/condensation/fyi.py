@@ -200,6 +200,8 @@ class FYI(Strategy):
         elif self.use == "warm up" and came:
             with _seeded_weights(seeded(refinement.seed, refinement.round, self.name, "newcomer")):
                 newcomer = refinement.task.model()
+            frozen = {n: p for n, p in refinement.model.named_parameters() if not p.requires_grad}
+            newcomer.load_state_dict(frozen, strict=False)  # those are known by digest, and stay
             report["loss"] = self._train(refinement, newcomer, pool)
             refinement.model.load_state_dict(newcomer.state_dict(), strict=False)
         return report

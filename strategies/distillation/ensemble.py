@@ -12,14 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from protos.errors import TaskFailed
+from strategies import scores
 from strategies.calibration.temperature import Temperature
 from strategies.context import Refinement, SidePayload, Update, seeded
 from strategies.distillation.proxy import Proxy, Source, needed_of
-from strategies.distillation.softened import divergence
+from strategies.distillation.softened import divergence, rows
 from strategies.protocol import Need, Strategy
 
 CHECK = 100
 """Optimizer steps between two looks at the held-out proxy samples."""
+
+LEAST = 1e-6
+"""Nats that a teacher counts for which knows nothing more of its classes than how many there are."""
+
+RARE = 1e-3
+"""A class that a teacher finds less often than this among proxy samples counts as found so often."""
 
 Teacher = Literal["average", "uniform", "count", "calibration"]
 
@@ -35,6 +42,7 @@ class EnsembleDistillation(Strategy):
         batch_size: Proxy samples of a step, >= 1.
         temperature: T of the divergence, > 0.
         patience: Stop after so many steps without gain on held-out proxy samples; 0 never stops.
+        balance: Whether what only a site's own class frequencies make its teacher say is taken away.
     """
 
     proxy: Source = "task"
@@ -44,6 +52,7 @@ class EnsembleDistillation(Strategy):
     batch_size: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)
     patience: int = Field(0, ge=0)
+    balance: bool = True
 
     @property
     def needed(self) -> frozenset[Need]:
@@ -74,8 +83,8 @@ class EnsembleDistillation(Strategy):
                         f"{self.name}: site {site} did not say how calibrated its model is",
                         strategy=self.name,
                     )
-                temperatures[site], nll = (float(value) for value in own)
-                raw[site] = math.exp(-nll)
+                temperatures[site], known = (float(value) for value in own)
+                raw[site] = max(known, LEAST)
         total = sum(raw.values())
         return {site: value / total for site, value in raw.items()}, temperatures
 
@@ -90,12 +99,17 @@ class EnsembleDistillation(Strategy):
             return proxy.logits(refinement.model.to(refinement.device)), {}
         shares, temperatures = self.shares(refinement, teacher)
         reader = copy.deepcopy(refinement.model).to(refinement.device).eval()
-        mean: Tensor | None = None
+        mean, together = torch.zeros(()), torch.zeros(())
         for site, _, state in refinement.site_models():
             reader.load_state_dict(state, strict=False)  # what lives at a site is not in its state
-            logits = shares[site] / temperatures[site] * proxy.logits(reader)
-            mean = logits if mean is None else mean.add_(logits)
-        assert mean is not None  # noqa: S101 - shares() has seen a site
+            logits = proxy.logits(reader) / temperatures[site]
+            if self.balance:
+                found = frequencies(logits)
+                together = together + shares[site] * found
+                logits = logits - found.log()
+            mean = mean + shares[site] * logits
+        if self.balance:
+            mean = mean + together.log()
         report = {f"teacher.{site}": share for site, share in shares.items()}
         if teacher == "calibration":
             report |= {f"temperature.{site}": t for site, t in temperatures.items()}
@@ -162,10 +176,10 @@ class EnsembleDistillation(Strategy):
     # -- what calibration-weighted teachers need of a site ------------------------------------------
 
     def say_calibration(self, update: Update, batch_size: int = 256) -> None:
-        """Add (T_k, NLL_k) of the trained model on the site's validation data to the update.
+        """Add (T_k, I_k) of the trained model on the site's validation data to the update.
 
-        Temperature by `calibration.temperature`, however little it changes, at least 1; NLL in nats
-        a sample after it.
+        T_k is fitted by `calibration.temperature`, however little it changes, and at least 1. I_k, in
+        nats a sample, is the entropy of the classes there less the model's NLL at T_k.
 
         Raises:
             TaskFailed: The site has no validation data.
@@ -191,9 +205,25 @@ class EnsembleDistillation(Strategy):
                 "validation data",
                 strategy=self.name,
             )
-        said = (fitted.report["temperature"], fitted.report["nll_after"])
-        if said[0] < 1:  # softer, never louder: a skewed site finds its own narrow model right
-            said = (1.0, fitted.report["nll_before"])
+        t, nll = fitted.report["temperature"], fitted.report["nll_after"]
+        if t < 1:  # softer, never louder: a skewed site finds its own narrow model right
+            t, nll = 1.0, fitted.report["nll_before"]
+        _, truth = scores.flatten(torch.cat(outputs), torch.cat(targets))
+        share = torch.bincount(truth).double() / len(truth)
+        said = (t, float(torch.special.entr(share).sum()) - nll)
         update.payloads[f"{self.name}/calibration"] = SidePayload(
             torch.tensor(said, dtype=torch.float64), "keep per site"
         )
+
+
+def frequencies(logits: Tensor) -> Tensor:
+    """How often a teacher finds each class: its mean probabilities, of `RARE` at least.
+
+    Args:
+        logits: (n, classes, …).
+
+    Returns:
+        (1, classes, …), to be taken from the logits once it is a logarithm.
+    """
+    found = rows(logits).softmax(dim=1).mean(dim=0).clamp_min(RARE)
+    return found.view(1, -1, *[1] * (logits.ndim - 2))

@@ -18,20 +18,31 @@ from strategies.protocol import Family, Need
 class FedDF(EnsembleDistillation):
     """Ensemble distillation at the orchestrator, after the average.
 
-    With z_k the logits of site k's model on a proxy sample, z those of the averaged model in
+    With z_k the logits of site k's model on a proxy sample x, z those of the averaged model in
     training, T the temperature, p_k and T_k the weight and the own temperature of a teacher::
 
-        T^2 * KL( softmax(sum_k p_k z_k / (T_k T)) || softmax(z / T) )
+        T^2 * KL( softmax(t / T) || softmax(z / T) )            t = sum_k p_k z_k / T_k
 
         uniform       p_k = 1/K                             T_k = 1
         count         p_k = the weights of the average      T_k = 1
-        calibration   p_k ~ exp(-NLL_k)                     T_k >= 1, fitted by the site
+        calibration   p_k ~ I_k                             T_k >= 1, fitted by the site
 
-    is minimised by Adam with a rate that falls to 0 along a cosine. NLL_k is that of the site's own
-    model on its own validation data, in nats a sample after its temperature T_k: exp(-NLL_k) is the
-    probability that it gives to the truth, and a model that is too sure of itself speaks softer.
-    Under strong label skew a site's own data can't tell a good model from a narrow one, and this
-    weighing does harm (docs/evidence.md): it is for sites whose data are alike.
+    is minimised by Adam with a rate that falls to 0 along a cosine. I_k = H_k - NLL_k is what a
+    site's model knows of the site's own validation classes, in nats a sample: their entropy less
+    its negative log-likelihood at T_k. Where a site has one class only, its model is always right
+    and knows nothing.
+
+    With ``balance`` the ensemble is freed from the class frequencies of single sites. m_k is the
+    mean of softmax(z_k / T_k) over all proxy samples, how often teacher k finds each class::
+
+        t = sum_k p_k (z_k / T_k - log m_k) + log sum_k p_k m_k
+
+    A site that has seen mostly one class finds it everywhere, on the same proxy samples on which
+    the others do not; that is the site's frequency and not the sample. Teachers that agree on the
+    frequencies are left as they are. Nothing more is asked of the sites. It is logit adjustment
+    (Menon et al., Long-tail Learning via Logit Adjustment, ICLR 2021, arXiv:2007.07314) with what
+    the teacher says in the place of the labels' counts. Under strong label skew it decides
+    whether the ensemble is better than the average (docs/evidence.md).
 
     The site models are loaded one at a time, and only the mean of their logits is kept, so memory
     holds two models and one tensor (proxy samples, classes), however many sites there are. The
@@ -43,8 +54,8 @@ class FedDF(EnsembleDistillation):
     stops after 1,000 without gain; here 500 steps are the default, and ``patience`` looks at the
     divergence on held-out proxy samples, since the orchestrator often has no labels. Both models
     are in evaluation mode: normalisation statistics are those of the average, dropout is off.
-    T = 1 (the factor T^2 is then 1) and uniform weights are the paper's; teachers weighted by
-    calibration, and generated or condensed inputs, are ours.
+    T = 1 (the factor T^2 is then 1) and uniform weights are the paper's, and ``balance = false`` is.
+    Balanced teachers, weights by calibration, and generated or condensed inputs are ours.
 
     Attributes:
         proxy: Where the inputs come from: task, folder:/PATH, condensed, or generated.
@@ -54,6 +65,7 @@ class FedDF(EnsembleDistillation):
         batch_size: Proxy samples of a step, >= 1.
         temperature: T, > 0.
         patience: Stop after so many steps without gain on held-out proxy samples; 0 never stops.
+        balance: Whether teachers are freed from the class frequencies of their sites.
         teacher: Weights of the sites in the ensemble. "calibration" has each site send two numbers,
             which its policy must allow (side_payloads: "keep per site").
     """
@@ -77,6 +89,7 @@ class FedDF(EnsembleDistillation):
     batch_size: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)
     patience: int = Field(0, ge=0)
+    balance: bool = True
     teacher: Literal["uniform", "count", "calibration"] = "uniform"
 
     def encode(

@@ -51,6 +51,8 @@ class Student(EnsembleDistillation):
         batch_size: Proxy samples of a step, >= 1.
         temperature: T, > 0.
         patience: Stop after so many steps without gain on held-out proxy samples; 0 never stops.
+        balance: Whether the sites' models, where they teach, are freed from the class frequencies of
+            their sites, as in feddf.
         teacher: average, or the sites' models weighted as in feddf: uniform, count, calibration.
     """
 
@@ -73,6 +75,7 @@ class Student(EnsembleDistillation):
     batch_size: int = Field(128, ge=1)
     temperature: float = Field(2.0, gt=0)
     patience: int = Field(0, ge=0)
+    balance: bool = True
     teacher: Teacher = "average"
 
     def encode(

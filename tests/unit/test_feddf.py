@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from protos.errors import TaskFailed
 from protos.plan import StrategyChoice
+from strategies.context import Update
 from strategies.distillation.feddf import FedDF
 from strategies.distillation.softened import divergence
 from tests.support.little_federation import LittleFederation
@@ -52,22 +55,18 @@ def test_the_teacher_is_the_mean_of_the_logits(teacher: str) -> None:
         mean += share * (inputs @ state["weight"].T + state["bias"])
     with torch.no_grad():
         expected = float(divergence(mean, at.model(inputs), 2.0))
-    strategy = FedDF.model_validate({"steps": 1, "teacher": teacher, "temperature": 2.0})
+    params = {"steps": 1, "teacher": teacher, "temperature": 2.0, "balance": False}
+    strategy = FedDF.model_validate(params)
     report = strategy.refine(at)
     assert report["kl_before"] == pytest.approx(expected, abs=1e-6)
     assert (report["kl_before"] < 1e-6) == (teacher == "uniform")
     assert [report[f"teacher.{site}"] for site in SITES] == pytest.approx(shares)
 
 
-def test_teachers_weighed_by_calibration_speak_softer_and_count_by_their_likelihood() -> None:
-    """p = exp(-NLL) / sum, z / T: by hand, for NLL = ln 2, ln 4, ln 4 and T = 1, 2, 4."""
-    said = {"east": (1.0, 2.0), "north": (2.0, 4.0), "south": (4.0, 4.0)}
-    sent = {
-        site: {"feddf/calibration": torch.tensor([t, n]).double().log().double()}
-        for site, (t, n) in said.items()
-    }
-    for site, (t, _) in said.items():
-        sent[site]["feddf/calibration"][0] = t
+def test_teachers_weighed_by_calibration_speak_softer_and_count_by_what_they_know() -> None:
+    """p = I / sum, z / T: by hand, for I = 1, 0.5, 0.5 nats and T = 1, 2, 4."""
+    said = {"east": (1.0, 1.0), "north": (2.0, 0.5), "south": (4.0, 0.5)}
+    sent = {site: {"feddf/calibration": torch.tensor(own).double()} for site, own in said.items()}
     at = refinement(site_payloads=sent)
     inputs = Proxy().proxy_data().tensors[0]  # type: ignore[union-attr]
     mean = torch.zeros(40, 3)
@@ -76,10 +75,69 @@ def test_teachers_weighed_by_calibration_speak_softer_and_count_by_their_likelih
         mean += share / said[site][0] * (inputs @ state["weight"].T + state["bias"])
     with torch.no_grad():
         expected = float(divergence(mean, at.model(inputs), 1.0))
-    report = FedDF(steps=1, teacher="calibration").refine(at)
+    report = FedDF(steps=1, teacher="calibration", balance=False).refine(at)
     assert report["kl_before"] == pytest.approx(expected, abs=1e-6)
     assert [report[f"teacher.{site}"] for site in said] == pytest.approx([0.5, 0.25, 0.25])
     assert [report[f"temperature.{site}"] for site in said] == pytest.approx([1, 2, 4])
+
+
+def test_a_teacher_that_knows_nothing_of_its_classes_hardly_counts() -> None:
+    sent = {s: {"feddf/calibration": torch.tensor([1.0, -0.3]).double()} for s in SITES}
+    sent["north"] = {"feddf/calibration": torch.tensor([1.0, 0.7]).double()}
+    report = FedDF(steps=1, teacher="calibration").refine(refinement(site_payloads=sent))
+    assert report["teacher.north"] == pytest.approx(1, abs=1e-5)
+    assert report["teacher.east"] > 0
+
+
+def test_what_a_site_says_is_the_entropy_of_its_classes_less_its_likelihood() -> None:
+    """A model without a clue has the likelihood of a uniform guess: ln 3 of three even classes."""
+
+    class Even(Proxy):
+        def val_data(self) -> Dataset[Any] | None:
+            return TensorDataset(torch.randn(30, 4), torch.arange(30) % 3)
+
+    class One(Even):
+        def val_data(self) -> Dataset[Any] | None:
+            return TensorDataset(torch.randn(30, 4), torch.zeros(30, dtype=torch.int64))
+
+    clueless = nn.Linear(4, 3)
+    nn.init.zeros_(clueless.weight)
+    nn.init.zeros_(clueless.bias)
+    for task, expected in ((Even(), 0.0), (One(), -math.log(3))):
+        update = Update({}, examples=1, steps=1, epochs=1.0, model=clueless, task=task)
+        FedDF(teacher="calibration").say_calibration(update)
+        told = update.payloads["feddf/calibration"].tensor
+        assert float(told[1]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_balance_takes_a_teachers_own_class_frequencies_away() -> None:
+    """By hand; and a shift of one teacher's bias, which is all that frequencies are, is nearly lost."""
+    inputs = Proxy().proxy_data().tensors[0]  # type: ignore[union-attr]
+    mean, together = torch.zeros(40, 3), torch.zeros(3)
+    for site in SITES:
+        state = site_state(site)
+        z = inputs @ state["weight"].T + state["bias"]
+        found = z.softmax(dim=1).mean(dim=0)
+        mean, together = mean + (z - found.log()) / 3, together + found / 3
+    at = refinement()
+    with torch.no_grad():
+        expected = float(divergence(mean + together.log(), at.model(inputs), 1.0))
+    assert FedDF(steps=1).refine(at)["kl_before"] == pytest.approx(expected, abs=1e-6)
+
+    plain = refinement()
+    report = FedDF(steps=1, balance=False).refine(plain)
+    assert abs(report["kl_before"] - expected) > 1e-3
+
+
+def test_balance_leaves_teachers_that_agree_as_they_are() -> None:
+    def alike(site: str) -> dict[str, Tensor]:
+        return site_state("north")
+
+    kl = []
+    for balance in (True, False):
+        at = replace(refinement(), load_site=alike)
+        kl.append(FedDF(steps=1, balance=balance).refine(at)["kl_before"])
+    assert kl[0] == pytest.approx(kl[1], abs=1e-6)
 
 
 def test_a_site_that_says_nothing_of_its_calibration_is_named() -> None:
@@ -92,9 +150,9 @@ def test_sites_say_how_calibrated_they_are_only_if_asked() -> None:
     asked = LittleFederation([StrategyChoice(name="feddf", params=choice)]).run(1)
     for own in asked.payloads.values():
         assert own["feddf/calibration"].merge == "keep per site"
-        temperature, nll = own["feddf/calibration"].tensor.tolist()
+        temperature, known = own["feddf/calibration"].tensor.tolist()
         assert temperature >= 1
-        assert 0 < nll < 2
+        assert -2 < known < math.log(3)
     weights = [asked.reports["feddf"][f"teacher.{site}"] for site in asked.tasks]
     assert sum(weights) == pytest.approx(1)
     assert len(set(weights)) == 3

@@ -236,8 +236,8 @@ class SoftTree(Strategy):
 
         Returns:
             ``fidelity``; ``leaves`` that a held-out sample reaches; ``depth``; ``samples``; and where
-            the orchestrator's task has test data ``accuracy``, and ``accuracy_lost`` and
-            ``test_fidelity`` against the model there.
+            the orchestrator's task has test data ``accuracy`` there, and ``accuracy_lost`` against
+            the model.
 
         Raises:
             TaskFailed: There is no proxy data, inputs are no tensors, or the loss is not finite.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -112,16 +111,6 @@ def test_other_rows_are_left_as_they_are() -> None:
         "<!-- row 5 -->", "FIVE", "<!-- end of row 5 -->",
         "<!-- row 46 -->", "forty-six", "<!-- end of row 46 -->",
     ]  # fmt: skip
-
-
-def test_each_program_writes_between_marks_of_its_own() -> None:
-    """Two with one number would overwrite each other's part of docs/evidence.md."""
-    names = ("calibration", "co_learning", "compression", "distillation")
-    programs = [importlib.import_module(f"benchmarks.{name}") for name in names]
-    marks = [n for p in programs for name, n in vars(p).items() if name.endswith("MARK")]
-    assert len(marks) >= len(names)
-    assert len(set(marks)) == len(marks)
-    assert not set(marks) & set(evidence_seeds.rows())
 
 
 def test_configurations_are_laid_over_each_other() -> None:

@@ -1,6 +1,8 @@
-"""Tasks of the rows that measure more than a score."""
+"""Tasks of the rows that measure more than a score, and where programs write what they measured."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from benchmarks.tasks.m5 import M5
 from benchmarks.tasks.m5blends import LEVELS, M5BLENDS
 from strategies import scores
+from strategies.row import rows
 
 
 def test_blends_are_no_samples_and_have_two_classes() -> None:
@@ -47,3 +50,13 @@ def test_the_order_of_confidences_is_measured() -> None:
     swapped = task.metrics(outputs.flip(0), targets)
     assert float(swapped["rank_correlation"]) == -4.0
     assert task.metrics(outputs[..., 0], targets[:, 0]) == {}
+
+
+def test_each_program_writes_between_marks_of_its_own() -> None:
+    """Two with one number would overwrite each other's part of docs/evidence.md."""
+    names = ("calibration", "co_learning", "compression", "distillation")
+    programs = [importlib.import_module(f"benchmarks.{name}") for name in names]
+    marks = [n for p in programs for name, n in vars(p).items() if name.endswith("MARK")]
+    assert len(marks) >= len(names)
+    assert len(set(marks)) == len(marks)
+    assert not set(marks) & set(rows())

@@ -68,7 +68,7 @@ docs: $(READY_TO_DEVELOP) ## write docs/configuration.md and docs/strategies fro
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
 	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
 
-evidence-calibration: $(READY_TO_DEVELOP) ## losses, maps and sets over five sites: SEEDS=6 (20 minutes)
+evidence-calibration: $(READY_TO_DEVELOP) ## losses, maps and sets over five sites: SEEDS=6 (an hour or two)
 	$(BIN)/python -m benchmarks.calibration $(if $(SEEDS),--seeds $(SEEDS))
 	$(BIN)/python -m benchmarks.calibration_cost
 

@@ -33,7 +33,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "23 SEED": [{"name": "seed", "queue": 100, "weight": 0.5}],
     "30 bag of tricks": [{"name": "bag_of_tricks", "mixup": 0.2}],
     "38 soft tree": [{"name": "soft_tree", "depth": 2, "steps": 20}],
-    "42 FYI": [{"name": "fyi", "per_class": 2, "iterations": 5, "every": 1, "use": "distil", "steps": 5}],
+    "42 FYI": [{"name": "fyi", "per_class": 2, "iterations": 5, "every": 1, "use": "distil", "steps": 5,
+                "flip": False}],
     "46 ACLS": [{"name": "acls", "margin": 1.0}, {"name": "temperature"}],
     "48 RankMixup": [{"name": "rank_mixup"}],
     "49 ALIFE": [

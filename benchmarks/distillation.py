@@ -62,7 +62,7 @@ FEDDF = {"name": "feddf"}
 ARMS: dict[str, list[dict[str, Any]]] = {
     PLAIN: [{"name": "student"}],  # which leaves the average as it is
     "feddf": [FEDDF],
-    "feddf, as published": [{**FEDDF, "balance": False}],
+    "feddf, as published": [{**FEDDF, "teacher": "uniform", "balance": False}],
     "feddf, by calibration": [{**FEDDF, "teacher": "calibration"}],
     "feddf, generated": [{**FEDDF, "proxy": "generated", "samples": 500}],
 }

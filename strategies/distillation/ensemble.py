@@ -100,12 +100,12 @@ class EnsembleDistillation(Strategy):
         shares, temperatures = self.shares(refinement, teacher)
         reader = copy.deepcopy(refinement.model).to(refinement.device).eval()
         mean, together = torch.zeros(()), torch.zeros(())
-        for site, _, state in refinement.site_models():
+        for site, weight, state in refinement.site_models():
             reader.load_state_dict(state, strict=False)  # what lives at a site is not in its state
             logits = proxy.logits(reader) / temperatures[site]
             if self.balance:
                 found = frequencies(logits)
-                together = together + shares[site] * found
+                together = together + weight * found
                 logits = logits - found.log()
             mean = mean + shares[site] * logits
         if self.balance:

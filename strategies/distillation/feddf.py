@@ -33,9 +33,10 @@ class FedDF(EnsembleDistillation):
     and knows nothing.
 
     With ``balance`` the ensemble is freed from the class frequencies of single sites. m_k is the
-    mean of softmax(z_k / T_k) over all proxy samples, how often teacher k finds each class::
+    mean of softmax(z_k / T_k) over all proxy samples, how often teacher k finds each class, and w_k
+    is its weight in the average::
 
-        t = sum_k p_k (z_k / T_k - log m_k) + log sum_k p_k m_k
+        t = sum_k p_k (z_k / T_k - log m_k) + log sum_k w_k m_k
 
     A site that has seen mostly one class finds it everywhere, on the same proxy samples on which
     the others do not; that is the site's frequency and not the sample. Teachers that agree on the
@@ -54,7 +55,8 @@ class FedDF(EnsembleDistillation):
     stops after 1,000 without gain; here 500 steps are the default, and ``patience`` looks at the
     divergence on held-out proxy samples, since the orchestrator often has no labels. Both models
     are in evaluation mode: normalisation statistics are those of the average, dropout is off.
-    T = 1 (the factor T^2 is then 1) and uniform weights are the paper's, and ``balance = false`` is.
+    T = 1 (the factor T^2 is then 1) is the paper's, and so is ``teacher = "uniform"`` with ``balance =
+    false``; under strong label skew that ensemble is worse than the average which it teaches.
     Balanced teachers, weights by calibration, and generated or condensed inputs are ours.
 
     Attributes:
@@ -90,7 +92,7 @@ class FedDF(EnsembleDistillation):
     temperature: float = Field(1.0, gt=0)
     patience: int = Field(0, ge=0)
     balance: bool = True
-    teacher: Literal["uniform", "count", "calibration"] = "uniform"
+    teacher: Literal["uniform", "count", "calibration"] = "count"
 
     def encode(
         self, update: Update, plan: Plan, state: dict[str, Tensor]

@@ -111,21 +111,22 @@ def test_what_a_site_says_is_the_entropy_of_its_classes_less_its_likelihood() ->
 
 
 def test_balance_takes_a_teachers_own_class_frequencies_away() -> None:
-    """By hand; and a shift of one teacher's bias, which is all that frequencies are, is nearly lost."""
+    """By hand; the frequencies that are put back are those of all sites together, by their weights."""
     inputs = Proxy().proxy_data().tensors[0]  # type: ignore[union-attr]
     mean, together = torch.zeros(40, 3), torch.zeros(3)
-    for site in SITES:
+    for site, weight in zip(SITES, (0.1, 0.2, 0.7), strict=True):
         state = site_state(site)
         z = inputs @ state["weight"].T + state["bias"]
         found = z.softmax(dim=1).mean(dim=0)
-        mean, together = mean + (z - found.log()) / 3, together + found / 3
+        mean, together = mean + (z - found.log()) / 3, together + weight * found
     at = refinement()
     with torch.no_grad():
         expected = float(divergence(mean + together.log(), at.model(inputs), 1.0))
-    assert FedDF(steps=1).refine(at)["kl_before"] == pytest.approx(expected, abs=1e-6)
+    report = FedDF(steps=1, teacher="uniform").refine(at)
+    assert report["kl_before"] == pytest.approx(expected, abs=1e-6)
 
     plain = refinement()
-    report = FedDF(steps=1, balance=False).refine(plain)
+    report = FedDF(steps=1, teacher="uniform", balance=False).refine(plain)
     assert abs(report["kl_before"] - expected) > 1e-3
 
 
@@ -164,7 +165,8 @@ def test_patience_ends_what_no_longer_gains_at_its_best() -> None:
     """The target is the student itself: nothing can be gained, so the second look is the last."""
     at = refinement()
     before = {k: v.clone() for k, v in at.model.state_dict().items()}
-    report = FedDF(steps=1000, patience=100, learning_rate=0.5, balance=False).refine(at)
+    plain = FedDF(steps=1000, patience=100, learning_rate=0.5, teacher="uniform", balance=False)
+    report = plain.refine(at)
     assert report["steps"] < 1000
     assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in at.model.state_dict().items())
 

@@ -34,6 +34,7 @@ from orchestrator.ledger import EventLog, Ledger
 from orchestrator.operator_service import OperatorService
 from orchestrator.operator_socket import GATEWAY, SOCKET_NAME, OperatorSocket
 from orchestrator.publisher import Publisher
+from orchestrator.reception import Reception
 from orchestrator.recorder import LedgerRecorder
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
@@ -138,6 +139,7 @@ class Daemon:
         doorkeeper = Doorkeeper(self.ledger, home.federation)
         recorder, blocks = LedgerRecorder(self.ledger, self.exchange), Blocks(self.engine)
         intake = Intake(self.ledger, self.store, home.spool, recorder, blocks)
+        reception = Reception(self.ledger, intake, recorder)
         bulk_address = ""
         if config.gateways.processes:
             bulk_address = self._start_gateways(keys, recorder, blocks, intake)
@@ -145,12 +147,13 @@ class Daemon:
             intake.sweep()
         control = ControlService(
             home, self.ledger, doorkeeper, self.sessions, self.exchange,
-            config.sites.heartbeat_s, bulk_address,
+            config.sites.heartbeat_s, bulk_address, None if bulk_address else reception,
         )  # fmt: skip
         server = site_server()
         site_pb2_grpc.add_ControlServicer_to_server(control, server)
         # With gateways too: sites of an earlier version know no other address.
-        add_bulk(BulkService(self.ledger, self.store, doorkeeper, intake, recorder), server)
+        bulk = BulkService(self.ledger, self.store, doorkeeper, reception, recorder)
+        add_bulk(bulk, server)
         port = add_port(server, config.listen.bind, keys, "listen.bind")
         server.start()
         self._closing.callback(lambda: server.stop(grace=1.0).wait())

@@ -69,6 +69,15 @@ class Doorkeeper:
             NotEnrolled: Not a site's certificate, revoked, expired, or replaced.
         """
         caller = self.caller(context)
+        self.admit(caller)
+        return caller
+
+    def admit(self, caller: Caller) -> None:
+        """Check a site's certificate against the ledger as it is at this moment.
+
+        Raises:
+            NotEnrolled: See `site`.
+        """
         if caller.identity.role != "site":
             raise NotEnrolled(
                 f"certificate: a {caller.identity.role} certificate may not do that; "
@@ -80,4 +89,3 @@ class Doorkeeper:
                 "ask the operator for a new join token",
                 site=caller.identity.name,
             )
-        return caller

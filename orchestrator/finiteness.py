@@ -91,37 +91,36 @@ NARROW = {
 """Where numpy has no such dtype: its bits, and those that are all set in NaN (and infinity)."""
 
 
-def first_bad(path: Path, spans: list[Span]) -> tuple[float, str]:
-    """Sum of squares over the spans that count, and the first tensor that is not finite.
+def first_bad(file: FileIO, spans: list[Span]) -> tuple[float, str]:
+    """Sum of squares over the spans of a payload that count, and the first tensor that is not finite.
 
     A sum of squares that is finite proves that all are (at a third of a scan's cost); one that is
     not may have overflowed, so the block is then looked at.
     """
     total = 0.0
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        for name, dtype, start, stop, counts in spans:
-            file.seek(start)
-            left = stop - start
-            while left > 0:
-                data = buffer[: min(BLOCK_BYTES, left)]
-                if not _fill(file, data):
+    for name, dtype, start, stop, counts in spans:
+        file.seek(start)
+        left = stop - start
+        while left > 0:
+            data = buffer[: min(BLOCK_BYTES, left)]
+            if not _fill(file, data):
+                return math.nan, name
+            left -= len(data)
+            if dtype in NARROW:
+                width, mask = NARROW[dtype]
+                if bool((np.frombuffer(data, width) & mask == mask).any()):
                     return math.nan, name
-                left -= len(data)
-                if dtype in NARROW:
-                    width, mask = NARROW[dtype]
-                    if bool((np.frombuffer(data, width) & mask == mask).any()):
-                        return math.nan, name
-                    continue
-                values = np.frombuffer(data, dtype=np.dtype(dtype))
-                with np.errstate(over="ignore", invalid="ignore"):
-                    square = float(np.dot(values, values))
-                if not math.isfinite(square):
-                    if not bool(np.isfinite(values).all()):
-                        return math.nan, name
-                    wide = values.astype(np.float64)
-                    square = float(np.dot(wide, wide))
-                total += square if counts else 0.0
+                continue
+            values = np.frombuffer(data, dtype=np.dtype(dtype))
+            with np.errstate(over="ignore", invalid="ignore"):
+                square = float(np.dot(values, values))
+            if not math.isfinite(square):
+                if not bool(np.isfinite(values).all()):
+                    return math.nan, name
+                wide = values.astype(np.float64)
+                square = float(np.dot(wide, wide))
+            total += square if counts else 0.0
     return total, ""
 
 

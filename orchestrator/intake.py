@@ -16,11 +16,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from orchestrator.doorkeeper import Caller
 from orchestrator.finiteness import first_bad, first_model_spans, side_spans, tensor_spans
+from orchestrator.heads import Announced, Heads
 from orchestrator.ledger import ContributionRow, Ledger, PlanRow
 from orchestrator.recorder import Recorder
 from orchestrator.store import Store
@@ -28,18 +29,16 @@ from orchestrator.turns import turn
 from protos.bulk import Chunk
 from protos.chunks import ChunkFile
 from protos.contribution import ASSESSMENTS, Header
+from protos.digest import digest
 from protos.errors import (
     ContributionRefused,
     DataCorrupt,
     FarflungError,
     InvalidInput,
     ManifestInvalid,
-    NotFound,
     Unavailable,
 )
-from protos.identity import verify_header
-from protos.manifest import MAX_BYTES, Index, Manifest
-from protos.plan import Plan
+from protos.manifest import Index, Manifest
 from protos.v1 import common_pb2, site_pb2
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,12 @@ PAYLOAD, INDEX, HEADER = "payload", "head.index", "head.header"
 TURN = "turn"
 """Locked by the stream that writes; in it stands which process was the last to do so."""
 
-MAX_SIDE_BYTES = 256 << 20
-"""Side payloads of one contribution, together (init and assess carry everything in them)."""
+VERDICTS = {
+    "counted": (common_pb2.Answer.COUNTED, ""),
+    "late": (common_pb2.Answer.LATE, "RoundClosed"),
+    "refused": (common_pb2.Answer.REFUSED, "ContributionRefused"),
+}
+"""What an acceptance is on the wire, and the error that goes with it."""
 
 TURN_S = 30.0
 """How long a stream waits for an older one of the same contribution to end."""
@@ -59,29 +62,6 @@ STATUS_S = 5.0
 
 BlockCheck = Callable[[PlanRow, Header, Path, Path], tuple[float | None, str]]
 """Plan, header, header's file, payload's file -> norm and first bad tensor; for wire codecs."""
-
-
-@dataclass
-class Announced:
-    """A head that was checked.
-
-    Attributes:
-        header: The header.
-        digest: Its digest, the contribution's name.
-        encoded: Its bytes as carried.
-        signature: Over them.
-        index: Of the payload.
-        plan: The plan that it answers.
-        row: The plan's row.
-    """
-
-    header: Header
-    digest: str
-    encoded: bytes
-    signature: bytes
-    index: Index
-    plan: Plan
-    row: PlanRow
 
 
 class Intake:
@@ -105,88 +85,13 @@ class Intake:
     ) -> None:
         self._ledger, self._store, self._spool = ledger, store, spool
         self._recorder, self._check_blocks = recorder, check_blocks
-        # The newest: all sites of a round ask for the same.
-        self._covered: tuple[tuple[str, tuple[str, ...] | None], Manifest] | None = None
+        self._heads = Heads(ledger, store)
         self._open: dict[str, ChunkFile] = {}  # what this process writes, by contribution
         self._name = os.urandom(8)
 
-    # -- head -------------------------------------------------------------------------------------
-
     def announce(self, caller: Caller, head: site_pb2.ContributionHead) -> Announced:
-        """Check everything that can be checked before a byte of the payload moves.
-
-        Raises:
-            ContributionRefused: Something in the head does not fit; says what and for which site.
-            ManifestInvalid: The header or the index breaks a bound.
-            NotFound: The site has no such plan.
-        """
-        site = caller.identity.name
-        header = Header.decode(head.header)
-        if header.site != site:
-            raise ContributionRefused(
-                f"site {site}: the header speaks for {header.site}", site=site, key="site"
-            )
-        if not verify_header(caller.certificate, head.signature, head.header, header.plan_id, site):
-            raise ContributionRefused(
-                f"site {site}: the signature does not hold for this header and plan", site=site
-            )
-        row = self._ledger.plan(header.plan_id, site)
-        if row is None:
-            raise NotFound(f"site {site}: no plan {header.plan_id} was given to it", site=site)
-        plan = Plan.decode(row.plan)
-        index = Index.decode(head.index)
-        self._check_head(site, header, plan, index)
-        return Announced(header, header.digest, head.header, head.signature, index, plan, row)
-
-    def _check_head(self, site: str, header: Header, plan: Plan, index: Index) -> None:
-        def refuse(what: str, key: str) -> None:
-            raise ContributionRefused(
-                f"site {site}, plan {header.plan_id}: {what}", site=site, key=key
-            )
-
-        if header.work_digest != plan.work_digest:
-            refuse("it answers other work than the plan asks for", "work_digest")
-        if header.kind != plan.kind:
-            refuse(f"it is a {header.kind} contribution to a {plan.kind} plan", "kind")
-        if index.digest != header.index:
-            refuse("the index is not the one that the header names", "index")
-        if index.manifest != header.manifest:
-            refuse("index and header name different manifests", "manifest")
-        if plan.kind != "init" and header.base not in (plan.base, *plan.accepts):
-            refuse(
-                f"it was trained from the base {header.base[:12] or '(none)'}, "
-                f"the plan accepts {plan.base[:12]}",
-                "base",
-            )
-        side = sum(p.nbytes for p in header.payloads)
-        if side > (MAX_BYTES if plan.kind == "init" else MAX_SIDE_BYTES):
-            refuse(f"{side} bytes of side payloads", "payloads")
-        if plan.kind == "init":
-            if "init/manifest" not in header.payload_names:
-                refuse("it carries no manifest", "payloads")
-            return
-        covered = self.covered(plan)
-        if plan.kind == "train" and header.manifest != covered.digest:
-            refuse(
-                "its tensors are not those of the plan: their names, shapes or dtypes differ",
-                "manifest",
-            )
-        expected = header.expected_nbytes(covered)
-        if index.nbytes != expected:
-            refuse(
-                f"{index.nbytes} bytes are announced where header and manifest make {expected}",
-                "nbytes",
-            )
-
-    def covered(self, plan: Plan) -> Manifest:
-        """The manifest of the tensors that a plan covers."""
-        if not plan.manifest:
-            return Manifest(())
-        key = (plan.manifest, plan.groups)
-        known = self._covered
-        if known is None or known[0] != key:
-            known = self._covered = (key, self._store.manifest(plan.manifest).covering(plan.groups))
-        return known[1]
+        """Check everything that can be checked before a byte of the payload moves; see `Heads`."""
+        return self._heads.announce(caller, head)
 
     # -- bytes --------------------------------------------------------------------------------------
 
@@ -298,26 +203,50 @@ class Intake:
         Raises:
             ContributionRefused: A tensor holds NaN or infinity; names it.
         """
-        header, site = announced.header, announced.header.site
         file.finish()
-        folder = file.path.parent
-        norm, bad = self._examine(announced, folder)
-        if bad:
-            raise ContributionRefused(
-                f"site {site}, tensor {bad}: it holds NaN or infinity; the contribution is not used",
-                site=site,
-                tensor=bad,
-            )
+        with file.path.open("rb", buffering=0) as payload:
+            norm = self._examine(announced, payload)
         self._store.adopt(announced.index, file.path)
+        answer = self._count(announced, norm, caller)
+        self.forget(announced.header.site, announced.digest)
+        return answer
+
+    def take(self, announced: Announced, data: bytes, caller: Caller) -> common_pb2.Answer:
+        """The same for a payload that is here as a whole: nothing of it needs to be resumed.
+
+        Raises:
+            ContributionRefused: A tensor holds NaN or infinity; names it.
+            InvalidInput: The bytes are not those that were announced.
+        """
+        index, site = announced.index, announced.header.site
+        if len(data) != index.nbytes or any(
+            digest(data[slice(*index.span(number))]) != name
+            for number, name in enumerate(index.chunks)
+        ):
+            raise InvalidInput(
+                f"site {site}: its payload has other digests; send it again", site=site
+            )
+        path = self._store.scratch(f"{site}-{announced.digest[:12]}")
+        try:
+            path.write_bytes(data)
+            with path.open("rb", buffering=0) as payload:
+                norm = self._examine(announced, payload)
+            self._store.adopt(index, path)
+        finally:
+            path.unlink(missing_ok=True)
+        return self._count(announced, norm, caller)
+
+    def _count(self, announced: Announced, norm: float | None, caller: Caller) -> common_pb2.Answer:
+        header, plan = announced.header, announced.plan
         acceptance = self._recorder.accept(
             ContributionRow(
                 digest=announced.digest,
                 plan_id=header.plan_id,
-                run=announced.plan.run,
-                round=announced.plan.round,
-                attempt=announced.plan.attempt,
-                kind=announced.plan.kind,
-                site=site,
+                run=plan.run,
+                round=plan.round,
+                attempt=plan.attempt,
+                kind=plan.kind,
+                site=header.site,
                 work_digest=header.work_digest,
                 header=announced.encoded,
                 signature=announced.signature,
@@ -329,17 +258,10 @@ class Intake:
                 received=time.time(),
             )
         )
-        self.forget(site, announced.digest)
-        verdict = {
-            "counted": common_pb2.Answer.COUNTED,
-            "late": common_pb2.Answer.LATE,
-            "refused": common_pb2.Answer.REFUSED,
-        }[acceptance.verdict]
+        verdict, error = VERDICTS[acceptance.verdict]
         return common_pb2.Answer(
             verdict=verdict,
-            error={"counted": "", "late": "RoundClosed", "refused": "ContributionRefused"}[
-                acceptance.verdict
-            ],
+            error=error,
             message=acceptance.reason,
             plan_id=acceptance.plan_id,
             contribution=announced.digest,
@@ -363,22 +285,41 @@ class Intake:
             if not wanted:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _examine(self, announced: Announced, folder: Path) -> tuple[float | None, str]:
+    def _examine(self, announced: Announced, payload: FileIO) -> float | None:
+        """The norm of the update, where there is one."""
+        norm, bad = self._look_at(announced, payload)
+        if bad:
+            site = announced.header.site
+            raise ContributionRefused(
+                f"site {site}, tensor {bad}: it holds NaN or infinity; the contribution is not used",
+                site=site,
+                tensor=bad,
+            )
+        return norm
+
+    def _look_at(self, announced: Announced, payload: FileIO) -> tuple[float | None, str]:
         plan, header = announced.plan, announced.header
-        payload = folder / PAYLOAD
         if plan.kind in ASSESSMENTS:
             return None, first_bad(payload, side_spans(header, Manifest(())))[1]
         if plan.kind == "init":
-            spans = first_model_spans(header, payload, announced.index.nbytes)
+            spans = first_model_spans(header, Path(payload.name), announced.index.nbytes)
             return None, first_bad(payload, spans)[1]
-        covered = self.covered(plan)
+        covered = self._heads.covered(plan)
         side = first_bad(payload, side_spans(header, covered))[1]
         if header.codec:
-            norm, bad = self._check_blocks(announced.row, header, folder / HEADER, payload)
+            norm, bad = self._check_coded(announced, Path(payload.name))
             return norm, bad or side
         spans = tensor_spans(header, covered)
         square, bad = first_bad(payload, spans)
         return (math.sqrt(square) if not bad else None), bad or side
+
+    def _check_coded(self, announced: Announced, payload: Path) -> tuple[float | None, str]:
+        header = payload.with_name(f"{payload.name}.header")
+        try:
+            header.write_bytes(announced.encoded)
+            return self._check_blocks(announced.row, announced.header, header, payload)
+        finally:
+            header.unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

@@ -7,33 +7,27 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import grpc
 
 from orchestrator import __version__
 from orchestrator.admission import LARGE_BYTES, Admission
-from orchestrator.doorkeeper import Doorkeeper
+from orchestrator.doorkeeper import Caller, Doorkeeper
 from orchestrator.fanout import Fanout
+from orchestrator.heads import Announced
 from orchestrator.home import Home
-from orchestrator.intake import Intake
 from orchestrator.ledger import Ledger
+from orchestrator.reception import Reception
 from orchestrator.recorder import Hearing, Recorder
 from orchestrator.sessions import Session, Sessions
+from orchestrator.small import SMALL_BYTES
 from orchestrator.store import Store
 from orchestrator.views import WorkState
 from protos.bulk import Chunk, Incoming
-from protos.contribution import Header
-from protos.errors import (
-    ContributionRefused,
-    FarflungError,
-    InvalidInput,
-    ManifestInvalid,
-    NotEnrolled,
-    NotFound,
-    RoundClosed,
-    TokenUsed,
-)
+from protos.digest import digest
+from protos.errors import FarflungError, InvalidInput, NotEnrolled, TokenUsed, reference_id
 from protos.identity import (
     SITE_LIFE,
     Identity,
@@ -59,14 +53,6 @@ STATES: dict[int, WorkState] = {
     site_pb2.Progress.SENDING: "sending",
 }
 
-ANSWERED = {
-    "counted": common_pb2.Answer.COUNTED,
-    "late": common_pb2.Answer.LATE,
-    "refused": common_pb2.Answer.REFUSED,
-    "failed": common_pb2.Answer.REFUSED,
-    "left": common_pb2.Answer.REFUSED,
-}
-
 
 class Listener(Hearing, Protocol):
     """Who wants to know what the sites do: the round under way."""
@@ -83,6 +69,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
 
     Args:
         bulk: What sites are told of where models and contributions go; see ``Welcome.bulk``.
+        reception: Takes contributions that come on the stream; None if none shall.
     """
 
     def __init__(
@@ -94,10 +81,11 @@ class ControlService(site_pb2_grpc.ControlServicer):
         listener: Listener,
         heartbeat_s: float,
         bulk: str = "",
+        reception: Reception | None = None,
     ) -> None:
         self._home, self._ledger, self._doorkeeper = home, ledger, doorkeeper
         self._sessions, self._listener = sessions, listener
-        self._heartbeat_s, self._bulk = heartbeat_s, bulk
+        self._heartbeat_s, self._bulk, self._reception = heartbeat_s, bulk, reception
         self._authority = home.authority()
         self._enrolling = threading.Lock()
 
@@ -175,12 +163,15 @@ class ControlService(site_pb2_grpc.ControlServicer):
                     heartbeat_s=self._heartbeat_s,
                     bulk=self._bulk,
                     turn_bytes=LARGE_BYTES,
+                    small_bytes=SMALL_BYTES if self._reception is not None else 0,
                 )
             )
         )
         self._sessions.attach(session)
         reader = threading.Thread(
-            target=self._read, args=(session, request_iterator), name=f"site-{session.site}"
+            target=self._read,
+            args=(session, caller, request_iterator),
+            name=f"site-{session.site}",
         )
         reader.daemon = True
         reader.start()
@@ -192,17 +183,40 @@ class ControlService(site_pb2_grpc.ControlServicer):
         finally:
             self._sessions.detach(session)
 
-    def _read(self, session: Session, said: Iterator[site_pb2.FromSite]) -> None:
+    def _read(self, session: Session, caller: Caller, said: Iterator[site_pb2.FromSite]) -> None:
         try:
             for message in said:
+                session.last_seen = math.inf  # while it is listened to, it is not silent
+                if message.WhichOneof("kind") == "contribution":
+                    answer = self._take(caller, message.contribution)
+                    session.send(site_pb2.ToSite(answer=answer))
+                else:
+                    self._hear(session, message)
                 session.last_seen = time.monotonic()
-                self._hear(session, message)
         except grpc.RpcError:
             pass  # the stream broke; its end is handled where it is written
         except Exception:
             log.exception("site %s: its stream is ended", session.site)
         finally:
             session.end()
+
+    def _take(self, caller: Caller, said: site_pb2.SmallContribution) -> common_pb2.Answer:
+        """What came in one message; an answer without a verdict has it sent again."""
+        try:
+            self._doorkeeper.admit(caller)
+            if self._reception is None or len(said.data) > SMALL_BYTES:
+                raise InvalidInput("contribution: it has to be sent by a call of Bulk")
+            return self._reception.take_whole(caller, said.head, said.data)
+        except FarflungError as error:
+            name, text = type(error).__name__, error.message
+        except Exception as error:
+            reference = reference_id()
+            log.exception("contribution failed, reference %s", reference, exc_info=error)
+            name, text = (
+                "FarflungError",
+                f"an internal error; the log has its cause under {reference}",
+            )
+        return common_pb2.Answer(error=name, message=text, contribution=digest(said.head.header))
 
     def _hear(self, session: Session, message: site_pb2.FromSite) -> None:
         kind, site = message.WhichOneof("kind"), session.site
@@ -237,11 +251,11 @@ class BulkService(site_pb2_grpc.BulkServicer):
         ledger: Ledger,
         store: Store,
         doorkeeper: Doorkeeper,
-        intake: Intake,
+        reception: Reception,
         recorder: Recorder,
     ) -> None:
-        self._ledger, self._store = ledger, store
-        self._doorkeeper, self._intake, self._recorder = doorkeeper, intake, recorder
+        self._ledger, self._store, self._doorkeeper = ledger, store, doorkeeper
+        self._reception, self._recorder = reception, recorder
         self._fanout, self._admission = Fanout(), Admission()
 
     def FetchModel(
@@ -276,102 +290,30 @@ class BulkService(site_pb2_grpc.BulkServicer):
     ) -> common_pb2.Answer:
         """One contribution; the answer is final."""
         caller = self._doorkeeper.site(context)
-        site = caller.identity.name
         first = next(request_iterator, None)
         if not isinstance(first, site_pb2.ContributeRequest) or not first.HasField("head"):
             raise InvalidInput("contribution: the first message must be the head")
-        plan_id = ""
-        try:
-            announced = self._intake.announce(caller, first.head)
-            plan_id = announced.header.plan_id
+        chunks = (m for m in request_iterator if isinstance(m, Chunk))
+
+        @contextmanager
+        def in_turn(announced: Announced) -> Iterator[Iterator[Chunk]]:
             nbytes = announced.index.nbytes
-            with (
-                self._admission.place(nbytes, context.is_active) as counted,
-                self._intake.receiving(announced) as file,
-            ):
-                if nbytes >= LARGE_BYTES:
-                    context.send_initial_metadata(())  # what the site waits for, see Welcome
-                # Asked only now: an older stream may just have had its answer.
-                settled = self._settled(plan_id, site, announced.digest)
-                if settled is not None:
-                    file.discard()
-                    self._intake.forget(site, announced.digest)
-                    return settled
-                chunks = (m for m in request_iterator if isinstance(m, Chunk))
-                received = self._intake.receive(file, counted(chunks), site)
-                self._recorder.moved(site, sent=received)
-                if not file.complete:
-                    missing = sum(end - first for first, end in file.missing())
-                    raise InvalidInput(
-                        f"site {site}: {missing} chunks are missing; send them", site=site
-                    )
-                return self._intake.complete(announced, file, caller)
-        except FarflungError as error:
-            if not _final(error):
-                raise
-            return self._refuse(site, plan_id or _plan_of(first.head.header), error)
+            with self._admission.place(nbytes, context.is_active) as counted:
+                yield counted(_asked_for(chunks, nbytes, context))
 
-    def _settled(self, plan_id: str, site: str, contribution: str) -> common_pb2.Answer | None:
-        row = self._ledger.plan(plan_id, site)
-        if row is None or row.answer != "counted":
-            return None
-        if row.contribution == contribution:
-            return _answer("counted", plan_id, contribution)
-        return _answer(
-            "refused", plan_id, contribution, "Conflict", f"site {site}: another one was counted"
-        )
-
-    def _refuse(self, site: str, plan_id: str, error: FarflungError) -> common_pb2.Answer:
-        name = type(error).__name__
-        log.warning("contribution refused: %s", error.message, extra={"site": site})
-        self._recorder.refuse(plan_id, site, name, error.message)
-        return _answer("refused", plan_id, "", name, error.message)
+        return self._reception.take(caller, first.head, in_turn)
 
     def ContributionStatus(
         self, request: site_pb2.StatusRequest, context: grpc.ServicerContext
     ) -> site_pb2.StatusReply:
         """What is missing of the caller's contribution, or its final answer."""
-        caller = self._doorkeeper.site(context)
-        site = caller.identity.name
-        row = self._ledger.plan(request.plan_id, site)
-        if row is not None and row.answer in ("counted", "late", "refused"):
-            return site_pb2.StatusReply(
-                known=True,
-                answer=_answer(
-                    row.answer, request.plan_id, row.contribution, row.error, row.message
-                ),
-            )
-        missing = self._intake.missing(caller, request.plan_id)
-        return site_pb2.StatusReply(
-            known=missing is not None,
-            missing=[common_pb2.ChunkRange(first=a, end=b) for a, b in missing or ()],
-        )
+        return self._reception.status(self._doorkeeper.site(context), request.plan_id)
 
 
-def _answer(
-    verdict: str, plan_id: str, contribution: str, error: str = "", message: str = ""
-) -> common_pb2.Answer:
-    return common_pb2.Answer(
-        verdict=ANSWERED[verdict],
-        error=error,
-        message=message,
-        plan_id=plan_id,
-        contribution=contribution,
-    )
-
-
-def _final(error: FarflungError) -> bool:
-    """Whether sending the same again can't help: such an answer empties the outbox."""
-    return isinstance(error, ContributionRefused | ManifestInvalid | NotFound | RoundClosed)
-
-
-def _plan_of(header: bytes) -> str:
-    try:
-        return Header.decode(header).plan_id
-    except FarflungError:
-        return ""
-
-
-def number_or_none(value: float) -> float | None:
-    """A number of a message; None for NaN and infinities, which stand for "not known"."""
-    return value if math.isfinite(value) else None
+def _asked_for(
+    chunks: Iterator[Chunk], nbytes: int, context: grpc.ServicerContext
+) -> Iterator[Chunk]:
+    """The chunks; those of a large contribution come once they are asked for, see ``Welcome``."""
+    if nbytes >= LARGE_BYTES:
+        context.send_initial_metadata(())
+    yield from chunks

@@ -1,4 +1,7 @@
-"""A model so small that it goes out with the plans, where a call to fetch it would cost more."""
+"""Models so small that they go out with the plans, and come back on the same stream.
+
+A call of Bulk would cost more than their bytes.
+"""
 
 from __future__ import annotations
 

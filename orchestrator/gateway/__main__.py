@@ -18,6 +18,7 @@ from orchestrator.home import Home
 from orchestrator.intake import Intake
 from orchestrator.ledger import Ledger
 from orchestrator.logs import log_to
+from orchestrator.reception import Reception
 from orchestrator.site_server import ServerKeys, add_port, site_server
 from orchestrator.site_service import BulkService
 from orchestrator.store import open_store
@@ -44,7 +45,8 @@ def serve(home: Home, ended: threading.Event) -> None:
     intake = Intake(ledger, store, home.spool, upstream, upstream.check_blocks)
     doorkeeper = Doorkeeper(ledger, opened.federation)
     server = site_server(shared=True)
-    add_bulk(BulkService(ledger, store, doorkeeper, intake, upstream), server)
+    reception = Reception(ledger, intake, upstream)
+    add_bulk(BulkService(ledger, store, doorkeeper, reception, upstream), server)
     keys = ServerKeys(opened.key, opened.certificate, opened.authority)
     add_port(server, opened.bind, keys, "gateways.bind")
     server.start()

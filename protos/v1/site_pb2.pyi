@@ -74,6 +74,7 @@ class FromSite(google.protobuf.message.Message):
     PROGRESS_FIELD_NUMBER: builtins.int
     OUTCOME_FIELD_NUMBER: builtins.int
     LEAVE_FIELD_NUMBER: builtins.int
+    CONTRIBUTION_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
     @property
@@ -84,6 +85,8 @@ class FromSite(google.protobuf.message.Message):
     def outcome(self) -> Global___Outcome: ...
     @property
     def leave(self) -> Global___LeaveRun: ...
+    @property
+    def contribution(self) -> Global___SmallContribution: ...
     def __init__(
         self,
         *,
@@ -92,12 +95,13 @@ class FromSite(google.protobuf.message.Message):
         progress: Global___Progress | None = ...,
         outcome: Global___Outcome | None = ...,
         leave: Global___LeaveRun | None = ...,
+        contribution: Global___SmallContribution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "leave", b"leave", "outcome", b"outcome", "progress", b"progress"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["contribution", b"contribution", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "leave", b"leave", "outcome", b"outcome", "progress", b"progress"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "leave", b"leave", "outcome", b"outcome", "progress", b"progress"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["contribution", b"contribution", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "leave", b"leave", "outcome", b"outcome", "progress", b"progress"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["hello", "heartbeat", "progress", "outcome", "leave"]
+    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["hello", "heartbeat", "progress", "outcome", "leave", "contribution"]
     _WhichOneofArgType_kind: typing_extensions.TypeAlias = typing.Literal["kind", b"kind"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -120,7 +124,7 @@ class ToSite(google.protobuf.message.Message):
     def plan(self) -> Global___PlanOffer: ...
     @property
     def answer(self) -> protos.v1.common_pb2.Answer:
-        """also sent for a contribution whose stream broke before its reply"""
+        """to a contribution on this stream; without a verdict: not now, `error` says why"""
 
     @property
     def cancel(self) -> Global___Cancel:
@@ -359,6 +363,31 @@ class Outcome(google.protobuf.message.Message):
 Global___Outcome: typing_extensions.TypeAlias = Outcome
 
 @typing.final
+class SmallContribution(google.protobuf.message.Message):
+    """A contribution in one message, where a call of Bulk would cost more than its bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """all of its payload"""
+    @property
+    def head(self) -> Global___ContributionHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ContributionHead | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["head", b"head"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["data", b"data", "head", b"head"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SmallContribution: typing_extensions.TypeAlias = SmallContribution
+
+@typing.final
 class LeaveRun(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -384,6 +413,7 @@ class Welcome(google.protobuf.message.Message):
     HEARTBEAT_S_FIELD_NUMBER: builtins.int
     BULK_FIELD_NUMBER: builtins.int
     TURN_BYTES_FIELD_NUMBER: builtins.int
+    SMALL_BYTES_FIELD_NUMBER: builtins.int
     federation: builtins.str
     version: builtins.str
     protocol: builtins.int
@@ -392,6 +422,10 @@ class Welcome(google.protobuf.message.Message):
     """host:port of Bulk; ":port": there, of the host that was dialled; empty: here"""
     turn_bytes: builtins.int
     """a contribution of so many bytes or more waits behind its head until the"""
+    small_bytes: builtins.int
+    """initial metadata of its call are there; 0: none does
+    a contribution of at most so many bytes may come as `FromSite.contribution`
+    """
     def __init__(
         self,
         *,
@@ -401,8 +435,9 @@ class Welcome(google.protobuf.message.Message):
         heartbeat_s: builtins.float = ...,
         bulk: builtins.str = ...,
         turn_bytes: builtins.int = ...,
+        small_bytes: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bulk", b"bulk", "federation", b"federation", "heartbeat_s", b"heartbeat_s", "protocol", b"protocol", "turn_bytes", b"turn_bytes", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bulk", b"bulk", "federation", b"federation", "heartbeat_s", b"heartbeat_s", "protocol", b"protocol", "small_bytes", b"small_bytes", "turn_bytes", b"turn_bytes", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome

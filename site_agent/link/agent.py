@@ -74,7 +74,6 @@ class Agent:
             home.spares(),
             self._journal,
         )
-        self._sender = Sender(self._wire, self._outbox, self, self._journal)
         self._worker = Worker(
             site=self.site,
             home=home,
@@ -97,6 +96,7 @@ class Agent:
             self._disclosure.progress,
             self._journal,
         )
+        self._sender = Sender(self._wire, self._stream.say, self._outbox, self, self._journal)
         self._worker.pause(self._paused)
         for mover in (self._fetcher, self._sender):
             mover.allowed(self._line.network.is_open)
@@ -192,7 +192,7 @@ class Agent:
         if welcome is not None and self._wire.move_bulk(welcome.bulk):
             self._fetcher.reconnect()
             self._sender.reconnect()
-        self._sender.attached(welcome is not None, welcome.turn_bytes if welcome else 0)
+        self._sender.attached(welcome)
 
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):

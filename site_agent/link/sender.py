@@ -1,9 +1,13 @@
-"""Empties the outbox: offers every finished contribution until it has a final answer."""
+"""Empties the outbox: offers every finished contribution until it has a final answer.
+
+A small one goes out in one message on the control stream, and its answer comes back on it; every other
+by a call of its own, resumable.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Protocol
 
@@ -12,7 +16,7 @@ import grpc
 from protos.bulk import BulkStub, chunk_message
 from protos.chunks import read_chunks
 from protos.digest import digest
-from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable
+from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable, by_name
 from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
@@ -54,18 +58,29 @@ class Sender:
 
     Args:
         wire: Connections.
+        say: Says something on the control stream; whether there is one.
         outbox: What is to be sent.
         ears: Who hears of it.
         journal: Log.
     """
 
-    def __init__(self, wire: Wire, outbox: Outbox, ears: Ears, journal: Journal) -> None:
-        self._wire, self._outbox, self._ears, self._journal = wire, outbox, ears, journal
+    def __init__(
+        self,
+        wire: Wire,
+        say: Callable[[site_pb2.FromSite], bool],
+        outbox: Outbox,
+        ears: Ears,
+        journal: Journal,
+    ) -> None:
+        self._wire, self._say = wire, say
+        self._outbox, self._ears, self._journal = outbox, ears, journal
         self._condition = threading.Condition()
         self._stopped = False
         self._attached = False
         self._may_move = True
-        self._turn_bytes = 0
+        self._turn_bytes = self._small_bytes = 0
+        self._streams = 0  # control streams that began or ended so far
+        self._put_off: dict[str, common_pb2.Answer] = {}  # answers without a verdict
         self._channel: grpc.Channel | None = None
         self._call: grpc.Call | None = None
         self._not_before: dict[str, float] = {}
@@ -83,16 +98,14 @@ class Sender:
         with self._condition:
             self._condition.notify_all()
 
-    def attached(self, attached: bool, turn_bytes: int = 0) -> None:
-        """The control stream is there, or not; nothing is sent without it.
-
-        Args:
-            attached: Whether it is there.
-            turn_bytes: See ``Welcome.turn_bytes``.
-        """
+    def attached(self, welcome: site_pb2.Welcome | None) -> None:
+        """The control stream is there, or not (None); nothing is sent without it."""
         with self._condition:
-            self._attached, self._turn_bytes = attached, turn_bytes
-            if attached:
+            self._attached = welcome is not None
+            self._streams += 1
+            self._turn_bytes = welcome.turn_bytes if welcome is not None else 0
+            self._small_bytes = welcome.small_bytes if welcome is not None else 0
+            if welcome is not None:
                 self._not_before.clear()
                 self._waits.clear()
             self._condition.notify_all()
@@ -123,10 +136,16 @@ class Sender:
         self.reconnect()
 
     def apply(self, answer: common_pb2.Answer) -> None:
-        """A final answer, from whichever stream it came."""
+        """An answer that came on the control stream."""
         entry = self._outbox.find(answer.contribution, answer.plan_id)
-        if entry is not None and answer.verdict in VERDICTS:
+        if entry is None:
+            return
+        if answer.verdict in VERDICTS:
             self._settle(entry, answer)
+            return
+        with self._condition:
+            self._put_off[entry.digest] = answer
+            self._condition.notify_all()
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -198,6 +217,42 @@ class Sender:
             self._not_before[entry.digest] = monotonic() + wait
 
     def _send(self, entry: Entry) -> None:
+        if entry.index.nbytes <= self._small_bytes:
+            self._send_small(entry)
+        else:
+            self._upload(entry)
+
+    def _send_small(self, entry: Entry) -> None:
+        """Say it on the control stream, and wait for the answer or the end of the stream."""
+        data = entry.payload.read_bytes()
+        if tuple(digest(part) for part in (data,) if part) != entry.index.chunks:
+            raise DataCorrupt("the payload is damaged in the outbox")
+        with self._condition:
+            stream = self._streams
+            self._put_off.pop(entry.digest, None)
+        entry.fresh = False
+        self._ears.sending(entry, 0, len(data))
+        said = site_pb2.SmallContribution(head=_head(entry), data=data)
+        if not self._say(site_pb2.FromSite(contribution=said)):
+            raise Unavailable("the control stream is gone")
+        self.sent_bytes += len(data)
+        with self._condition:
+            self._condition.wait_for(
+                lambda: (
+                    entry.verdict is not None
+                    or entry.digest in self._put_off
+                    or stream != self._streams
+                    or self._stopped
+                )
+            )
+            put_off = self._put_off.pop(entry.digest, None)
+        if entry.verdict is not None:
+            return
+        if put_off is not None:
+            raise _theirs(by_name(put_off.error)(put_off.message))
+        raise Unavailable("the control stream ended before the answer came")
+
+    def _upload(self, entry: Entry) -> None:
         stub = BulkStub(self._open())
         broken: list[FarflungError | OSError] = []
         try:
@@ -224,7 +279,7 @@ class Sender:
             raise Unavailable("another thread closed the connection") from None
         except grpc.RpcError as error:
             # What fails in the messages' iterator, gRPC only reports as a call that broke.
-            raise (broken[0] if broken else from_rpc_error(error)) from None
+            raise (broken[0] if broken else _theirs(from_rpc_error(error))) from None
         finally:
             self.busy = False
         self._settle(entry, answer)
@@ -246,11 +301,7 @@ class Sender:
         self, entry: Entry, missing: list[tuple[int, int]] | None, turn: threading.Event
     ) -> Iterator[site_pb2.ContributeRequest | bytes]:
         """The head, then what is missing there; everything if it never heard of it (None)."""
-        yield site_pb2.ContributeRequest(
-            head=site_pb2.ContributionHead(
-                header=entry.encoded, signature=entry.signature, index=entry.index.encoded
-            )
-        )
+        yield site_pb2.ContributeRequest(head=_head(entry))
         ranges = [(0, len(entry.index.chunks))] if missing is None else missing
         planned = sum(
             stop - start
@@ -286,6 +337,18 @@ class Sender:
         with self._condition:
             self._unclear += [p for p in entry.plans if p != answered_for]
             self._condition.notify_all()
+
+
+def _theirs(error: FarflungError) -> FarflungError:
+    """An error of the other end. What is damaged there is not damaged here."""
+    damaged = isinstance(error, DataCorrupt | ManifestInvalid)
+    return FarflungError(error.message) if damaged else error
+
+
+def _head(entry: Entry) -> site_pb2.ContributionHead:
+    return site_pb2.ContributionHead(
+        header=entry.encoded, signature=entry.signature, index=entry.index.encoded
+    )
 
 
 def _watched(

@@ -210,11 +210,13 @@ class Stream:
             if self._outgoing is not None and self.attached:
                 self._outgoing.say(Said(outcome=outcome))
 
-    def say(self, message: Said) -> None:
-        """Say something, if the stream is there."""
+    def say(self, message: Said) -> bool:
+        """Say something, if the stream is there; whether it is."""
         with self._lock:
-            if self._outgoing is not None:
-                self._outgoing.say(message)
+            if self._outgoing is None or not self.attached:
+                return False
+            self._outgoing.say(message)
+            return True
 
     def progress(self, progress: site_pb2.Progress) -> None:
         """Say how far a plan is, if the stream is there."""

@@ -335,6 +335,36 @@ def test_the_orchestrator_restarts_and_what_is_finished_is_not_trained_again(sit
     assert len(begun) == 1
 
 
+def test_a_small_contribution_goes_out_on_the_control_stream(site: Site) -> None:
+    orchestrator = site.orchestrator
+    orchestrator.stop()
+    orchestrator.small_bytes = 64 << 10
+    orchestrator.start()
+    orchestrator.attached()
+    uploads = len(orchestrator.uploads)
+    # Put off twice, then the stream ends instead of the answer: it is sent until there is one.
+    orchestrator.put_off = 2
+    orchestrator.offer(plan := site.plan(seed=104))
+    header, _, index, payload = orchestrator.contribution(plan)
+    assert orchestrator.whole == [plan.id] * 3
+    assert payload.stat().st_size == index.nbytes
+    assert set(unpack(header, shared(plan), payload)) == {t.name for t in shared(plan)}
+    orchestrator.hang_up = True
+    orchestrator.offer(plan := site.plan(seed=105))
+    orchestrator.contribution(plan)
+    assert orchestrator.whole[3:] == [plan.id] * 2
+    assert len(orchestrator.uploads) == uploads
+    # A larger one is uploaded as ever.
+    orchestrator.offer(plan := site.plan(params={"hidden": 150_000}, work=Work(steps=1)))
+    orchestrator.contribution(plan)
+    assert len(orchestrator.uploads) == uploads + 1
+    assert len(orchestrator.whole) == 5  # what was answered is not sent again
+    orchestrator.stop()
+    orchestrator.small_bytes = 0
+    orchestrator.start()
+    orchestrator.attached()
+
+
 # -- life ------------------------------------------------------------------------------------------
 
 

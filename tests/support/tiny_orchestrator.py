@@ -54,7 +54,10 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.break_upload_after: int | None = None
         self.break_fetch_after: int | None = None
         self.verdict: Any = common_pb2.Answer.COUNTED
-        self.turn_bytes = 0
+        self.turn_bytes = self.small_bytes = 0
+        self.put_off = 0  # so many small contributions get an answer without a verdict
+        self.hang_up = False  # the stream ends instead of an answer, once
+        self.whole: list[str] = []  # plans of the contributions that came in one message
         self.turn = threading.Event()  # with turn_bytes: contributions wait for it
         self.out_of_turn = threading.Event()
         self.server: grpc.Server | None = None
@@ -204,6 +207,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             protocol=1,
             heartbeat_s=self.beat_s,
             turn_bytes=self.turn_bytes,
+            small_bytes=self.small_bytes,
         )
         outgoing.put(site_pb2.ToSite(welcome=welcome))
 
@@ -211,6 +215,9 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             try:
                 for message in request_iterator:
                     self._hear(message)
+                    if message.WhichOneof("kind") == "contribution":
+                        answer = self._whole(message.contribution)
+                        outgoing.put(answer and site_pb2.ToSite(answer=answer))
                     if message.heartbeat.sequence:
                         outgoing.put(site_pb2.ToSite(heartbeat=message.heartbeat))
             except grpc.RpcError:
@@ -224,6 +231,30 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             self.changed.notify_all()
         while (message := outgoing.get()) is not None:
             yield message
+
+    def _whole(self, came: site_pb2.SmallContribution) -> common_pb2.Answer | None:
+        header = Header.decode(came.head.header)
+        self.whole.append(header.plan_id)
+        if self.hang_up:
+            self.hang_up = False
+            return None
+        if self.put_off:
+            self.put_off -= 1
+            return common_pb2.Answer(
+                error="Unavailable", message="not now", contribution=header.digest
+            )
+        kept = self.folder / f"{header.digest}.payload"
+        kept.write_bytes(came.data)
+        self._keep(header, came.head, kept)
+        return common_pb2.Answer(
+            verdict=self.verdict, plan_id=header.plan_id, contribution=header.digest
+        )
+
+    def _keep(self, header: Header, head: site_pb2.ContributionHead, payload: Path) -> None:
+        entry = (header, head.signature, Index.decode(head.index), payload)
+        with self.changed:
+            self.contributions[header.digest] = entry
+            self.changed.notify_all()
 
     # -- bulk ------------------------------------------------------------------------------------
 
@@ -267,10 +298,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             file.finish()
         kept = self.folder / f"{header.digest}.payload"
         shutil.move(self.folder / index.digest, kept)
-        entry = (header, head.signature, index, kept)
-        with self.changed:
-            self.contributions[header.digest] = entry
-            self.changed.notify_all()
+        self._keep(header, head, kept)
         return common_pb2.Answer(
             verdict=self.verdict, plan_id=header.plan_id, contribution=header.digest
         )

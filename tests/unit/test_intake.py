@@ -3,7 +3,7 @@
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from orchestrator.blocks import Blocks
 from orchestrator.doorkeeper import Doorkeeper
 from orchestrator.intake import Intake
 from orchestrator.ledger import RoundRow
+from orchestrator.reception import Reception
 from orchestrator.recorder import LedgerRecorder
 from orchestrator.rounds.plan import plan_row
 from orchestrator.site_service import BulkService
@@ -84,6 +85,9 @@ class Heard:
 class Hall:
     """A round that is planned for two sites, and the doors."""
 
+    whole = False
+    """Whether contributions come in one message, and not in pieces."""
+
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self.authority = Authority("f-hall")
@@ -114,11 +118,12 @@ class Hall:
         self.intake = Intake(
             bench.ledger, bench.store, bench.home.spool, recorder, Blocks(bench.engine)
         )
+        self.reception = Reception(bench.ledger, self.intake, recorder)
         self.service = BulkService(
             bench.ledger,
             bench.store,
             Doorkeeper(bench.ledger, "f-hall"),
-            self.intake,
+            self.reception,
             recorder,
         )
 
@@ -150,6 +155,8 @@ class Hall:
     def send(
         self, head: site_pb2.ContributionHead, data: bytes, by: Contributor | None = None
     ) -> common_pb2.Answer:
+        if self.whole:
+            return self.reception.take_whole((by or self.north).caller, head, data)
         return self.service.Contribute(arrived(head, chunks(data)), (by or self.north).call)
 
     def restarted(self) -> "Hall":
@@ -179,10 +186,15 @@ def hall(tmp_path: Path) -> Iterator[Hall]:
     bench.close()
 
 
+either_way = pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])
+
+
 # -- what counts ------------------------------------------------------------------------------------
 
 
-def test_a_contribution_is_stored_counted_and_acknowledged(hall: Hall) -> None:
+@either_way
+def test_a_contribution_is_stored_counted_and_acknowledged(hall: Hall, whole: bool) -> None:
+    hall.whole = whole
     plan, data = hall.open(), hall.data()
     head = hall.north.head(plan, data, MANIFEST.digest)
     answer = hall.send(head, data)
@@ -201,7 +213,9 @@ def test_a_contribution_is_stored_counted_and_acknowledged(hall: Hall) -> None:
     assert row.norm == pytest.approx(math.sqrt(float(squares)), rel=1e-5)
 
 
-def test_the_same_again_is_answered_the_same(hall: Hall) -> None:
+@either_way
+def test_the_same_again_is_answered_the_same(hall: Hall, whole: bool) -> None:
+    hall.whole = whole
     plan, data = hall.open(), hall.data()
     head = hall.north.head(plan, data, MANIFEST.digest)
     first = hall.send(head, data)
@@ -212,7 +226,11 @@ def test_the_same_again_is_answered_the_same(hall: Hall) -> None:
     assert hall.spooled == []
 
 
-def test_another_one_for_the_same_plan_is_refused_and_the_first_stays(hall: Hall) -> None:
+@either_way
+def test_another_one_for_the_same_plan_is_refused_and_the_first_stays(
+    hall: Hall, whole: bool
+) -> None:
+    hall.whole = whole
     plan, data = hall.open(), hall.data()
     first = hall.send(hall.north.head(plan, data, MANIFEST.digest), data)
     other = hall.data(head=torch.zeros(3))
@@ -227,7 +245,9 @@ def test_another_one_for_the_same_plan_is_refused_and_the_first_stays(hall: Hall
     assert hall.status(plan).answer.verdict == COUNTED
 
 
-def test_too_late_is_said_and_nothing_of_it_counts(hall: Hall) -> None:
+@either_way
+def test_too_late_is_said_and_nothing_of_it_counts(hall: Hall, whole: bool) -> None:
+    hall.whole = whole
     plan, data = hall.open(), hall.data()
     hall.bench.ledger.close_round("r", 1, 1, None, "the deadline passed")
     answer = hall.send(hall.north.head(plan, data, MANIFEST.digest), data)
@@ -417,6 +437,29 @@ def test_what_is_not_finite_is_refused_by_tensor(
     assert f"site north, tensor {tensor}: it holds NaN or infinity" in answer.message
 
 
+def test_what_came_whole_is_looked_at_too(hall: Hall) -> None:
+    hall.whole = True
+    plan, data = hall.open(), hall.data(head=torch.tensor([3.0, math.nan, 4.0]))
+    answer = hall.send(hall.north.head(plan, data, MANIFEST.digest), data)
+    assert answer.verdict == REFUSED
+    assert "tensor head: it holds NaN" in answer.message
+    assert hall.stored() == []
+    assert not list((hall.bench.home.store / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"x" + d[1:]])
+def test_what_came_whole_and_damaged_is_to_be_sent_again(
+    hall: Hall, damage: Callable[[bytes], bytes]
+) -> None:
+    hall.whole = True
+    plan, data = hall.open(), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+    with pytest.raises(InvalidInput, match="send it again"):
+        hall.send(head, damage(data))
+    assert hall.stored() == []
+    assert hall.send(head, data).verdict == COUNTED
+
+
 def test_large_numbers_are_not_infinite(hall: Hall) -> None:
     """Their squares are, in fp32."""
     plan = hall.open()
@@ -536,7 +579,7 @@ def test_a_complete_payload_outlives_its_daemon(
 
 
 def test_a_side_payload_may_not_be_endless(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.intake.MAX_SIDE_BYTES", 15)
+    monkeypatch.setattr("orchestrator.heads.MAX_SIDE_BYTES", 15)
     plan, side = hall.open(), torch.zeros(4)
     data = hall.north.payload(MANIFEST, hall.values, [side])
     head = hall.north.head(plan, data, MANIFEST.digest, {"s/x": (side, "sum")})
@@ -642,10 +685,12 @@ def block(tensor: torch.Tensor) -> bytes:
     ],
     ids=["right", "NaN", "short", "empty", "junk"],
 )
+@either_way
 def test_blocks_are_decoded_before_they_count(
-    hall: Hall, half: StrategyChoice, piece: bytes, verdict: int, what: str
+    hall: Hall, half: StrategyChoice, piece: bytes, verdict: int, what: str, whole: bool
 ) -> None:
     """A block that no codec reads would otherwise be sent again for ever, or break the round."""
+    hall.whole = whole
     plan = hall.open(stack=(half,), groups=("head",))
     covered = MANIFEST.covering(["head"])
     head = hall.north.head(plan, piece, covered.digest, codec=half.name, blocks=(len(piece),))

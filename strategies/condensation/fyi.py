@@ -395,7 +395,7 @@ ROW = Row(
         for name, flip in (("fyi", True), ("dm", False))
     },
     holds=_holds,
-    reproduced="no",  # not run at full length yet
+    reproduced="partly",
     beside=("real-1", "real-5"),
     policy={"condensed_data": True},
 )

@@ -172,5 +172,5 @@ ROW = Row(
     },
     arms={"supervised": _arm(weight=0.0), "clsa": _arm(weight=1.0)},
     holds=_holds,
-    reproduced="partly",
+    reproduced="no",
 )

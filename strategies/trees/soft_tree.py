@@ -366,7 +366,7 @@ ROW = Row(
     },
     arms={"tree": {"strategy": [{"name": "soft_tree", "every": 1000}]}},
     holds=_holds,
-    reproduced="partly",  # in one process, three seeds; not yet through three sites
+    reproduced="partly",
     beside=("labels", "cart"),
     scores=("soft_tree.accuracy", "soft_tree.fidelity"),
 )

@@ -209,9 +209,8 @@ class FYI(Strategy):
     def _keep(self, refinement: Refinement) -> dict[str, float]:
         inputs = refinement.payloads[f"{self.name}/inputs"].half()
         targets = refinement.payloads[f"{self.name}/targets"].long()
-        refinement.files[CONDENSED] = save(
-            {"inputs": inputs.contiguous(), "targets": targets.contiguous()}
-        )
+        pool = {"inputs": inputs.contiguous(), "targets": targets.contiguous()}
+        refinement.files[CONDENSED] = save(pool)
         sites: dict[str, dict[str, int]] = {}
         for site, sent in sorted(refinement.site_payloads.items()):
             own = sent.get(f"{self.name}/targets")

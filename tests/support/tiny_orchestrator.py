@@ -55,7 +55,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.break_fetch_after: int | None = None
         self.verdict: Any = common_pb2.Answer.COUNTED
         self.turn_bytes = self.small_bytes = 0
-        self.put_off = 0  # so many small contributions get an answer without a verdict
+        self.put_off: list[str] = []  # errors of the next answers that have no verdict
         self.hang_up = False  # the stream ends instead of an answer, once
         self.whole: list[str] = []  # plans of the contributions that came in one message
         self.turn = threading.Event()  # with turn_bytes: contributions wait for it
@@ -239,10 +239,8 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
             self.hang_up = False
             return None
         if self.put_off:
-            self.put_off -= 1
-            return common_pb2.Answer(
-                error="Unavailable", message="not now", contribution=header.digest
-            )
+            error = self.put_off.pop(0)
+            return common_pb2.Answer(error=error, message="not now", contribution=header.digest)
         kept = self.folder / f"{header.digest}.payload"
         kept.write_bytes(came.data)
         self._keep(header, came.head, kept)

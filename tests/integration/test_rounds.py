@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from orchestrator.child import program
 from orchestrator.views import Event, Round, Run
+from protos.errors import ConfigInvalid
 from protos.plan import StrategyChoice
 from strategies.calibration.conformal import Conformal
 from strategies.stack import Stack
@@ -117,6 +118,7 @@ def test_a_run_learns_and_its_export_scores_what_the_ledger_says(
     assert later[0].base == best.model
 
 
+@pytest.mark.slow
 def test_an_export_is_what_is_deployed_with_the_map_that_was_fitted_to_it(
     field: Field, tmp_path: Path
 ) -> None:
@@ -171,8 +173,16 @@ def test_frozen_tensors_stay_and_one_site_may_give_the_first_base(field: Field) 
 
 
 def test_a_plug_in_that_fails_is_skipped_by_name_and_the_round_is_committed(field: Field) -> None:
-    (field.switches[ORCHESTRATOR] / "fault").write_text("proxy")
-    run = field.federation.launch(field.config("skipped", rounds=1, strategy=[{"name": "feddf"}]))
+    fault, gate = field.switches[ORCHESTRATOR] / "fault", field.switches["north"] / "gate"
+    config = field.config("skipped", rounds=1, strategy=[{"name": "feddf"}])
+    fault.write_text("proxy")
+    with pytest.raises(ConfigInvalid, match=r"task blobs: .*the proxy images are gone"):
+        field.federation.launch(config)
+    fault.unlink()
+    gate.touch()  # at launch they are there, when the round is refined they are not
+    run = field.federation.launch(config)
+    fault.write_text("proxy")
+    gate.unlink()
     _, rounds = finished(field, run)
     plugin = next(p for p in rounds[0].plugins if p.name == "feddf")
     assert plugin.state == "skipped"

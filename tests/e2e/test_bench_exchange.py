@@ -17,6 +17,7 @@ KEYS = {
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.timeout(240)]
 
 
+@pytest.mark.slow
 def test_exchange(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     words = ["bench", "exchange", "--sites", "2", "--model-mb", "2", "--rounds", "3"]

@@ -24,6 +24,7 @@ def saturate(folder: Path, *words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_full_line_is_noticed_and_left_room_on(tmp_path: Path) -> None:
     found = saturate(tmp_path, "--mbit", "4", "--model-mb", "4")

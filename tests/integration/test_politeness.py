@@ -55,10 +55,20 @@ class Site:
         new.replace(self.home / "site.toml")
 
     def in_force(self, event: str = "site.toml changed", **facts: Any) -> None:
-        """Wait until the agent says, after the last mark, that it took the file up."""
+        """Wait until the agent says, after the last mark, that it took the file up.
+
+        Of a list it may say more: what the test before this one changed back.
+        """
+
+        def holds(found: Any, wanted: Any) -> bool:
+            return (
+                set(wanted) <= set(found or ())
+                if isinstance(wanted, list)
+                else bool(found == wanted)
+            )
 
         def said(line: dict[str, Any]) -> bool:
-            return line["event"] == event and all(line.get(k) == v for k, v in facts.items())
+            return line["event"] == event and all(holds(line.get(k), v) for k, v in facts.items())
 
         self.until(lambda: any(map(said, self.agent.events()[self._seen :])))
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -185,6 +186,8 @@ def test_what_is_no_request_is_refused(data: bytes) -> None:
 
 
 REQUEST = base64.b64decode(b"".join(signing_request(new_key()).splitlines()[1:-1]))
+UNUSED_BITS = len(REQUEST) - len(x509.load_der_x509_csr(REQUEST).signature) - 1
+"""The byte that says how many bits of the signature's last byte don't count: it proves nothing."""
 
 
 @settings(max_examples=300)
@@ -192,8 +195,13 @@ REQUEST = base64.b64decode(b"".join(signing_request(new_key()).splitlines()[1:-1
 def test_damaged_request_is_refused_by_name(at: int, flip: int) -> None:
     data = bytearray(REQUEST)
     data[at] ^= flip
+    damaged = pem("CERTIFICATE REQUEST", bytes(data))
+    if at == UNUSED_BITS:
+        with suppress(InvalidInput):
+            assert requested_key(damaged) == requested_key(pem("CERTIFICATE REQUEST", REQUEST))
+        return
     with pytest.raises(InvalidInput):
-        requested_key(pem("CERTIFICATE REQUEST", bytes(data)))
+        requested_key(damaged)
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", AUTHORITY.pem[:99]], ids=["nothing", "junk", "cut"])

@@ -244,12 +244,12 @@ class Daemon:
         run, number, _ = self.board.key
         self.note(level, run, number if run else None, site, text)
 
-    def changed(self, run: str) -> None:
-        """A run's view changed: a round of it ended, or it did itself."""
+    def changed(self, run: str, committed: bool = False) -> None:
+        """A run's view changed: only because a round of it is committed, or for another reason."""
         key = self.board.key
         self._stale[run] = None
-        steady = self.ledger.run(run).state == self._shown.get(run) == "running"
-        if key[0] == run and steady and self.ledger.round(*key).state == "committed":
+        steady = committed and self._shown.get(run) == "running"
+        if key[0] == run and steady:
             self._committed.append(key)  # its view does not need the board any more
             self._round_news.soon()
         elif key[0] == run:

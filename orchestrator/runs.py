@@ -28,10 +28,11 @@ class Runner:
 
     Args:
         engine: The daemon's parts.
-        changed: Called with a run's id when its view changed.
+        changed: Called with a run's id when its view changed, and whether that is only because
+            one more of its rounds is committed.
     """
 
-    def __init__(self, engine: Engine, changed: Callable[[str], None]) -> None:
+    def __init__(self, engine: Engine, changed: Callable[[str, bool], None]) -> None:
         self._engine, self._changed = engine, changed
         self._wake = threading.Condition()
         self._ending = threading.Event()
@@ -70,7 +71,7 @@ class Runner:
             ledger.set_run(
                 row.id, state="stopped", reason="stopped by the operator", ended=time.time()
             )
-            self._changed(row.id)
+            self._changed(row.id, False)
             return
         (self._stop_now if now else self._stop_after).add(row.id)
         if now and self.current == row.id:
@@ -112,7 +113,7 @@ class Runner:
             row = ledger.set_run(
                 row.id, state="running", reason="", started=row.started or time.time()
             )
-            self._changed(row.id)
+            self._changed(row.id, False)
         abandoning, waiting, tries, died = "", "", 0, -1
         while not self._ending.is_set():
             row = ledger.run(row.id)
@@ -123,7 +124,7 @@ class Runner:
                 self._forget(row)
                 ledger.set_run(row.id, state="finished", reason="", ended=time.time())
                 self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
-                return self._changed(row.id)
+                return self._changed(row.id, False)
             if row.id in self._stop_after or row.id in self._stop_now:
                 return self._stopped(row)
             try:
@@ -147,9 +148,11 @@ class Runner:
                 self._tidy()  # of the round before: not more than one is behind
                 self._tidied = self._tidying.submit(self._retire, row, number)
                 self._note("info", row, number, f"round {number} of {row.rounds} is committed")
-            elif outcome.state == "held":
+                self._changed(row.id, True)
+                continue
+            if outcome.state == "held":
                 return self._pause(row, outcome.reason)
-            elif outcome.state == "again":
+            if outcome.state == "again":
                 tries, abandoning = tries + 1, outcome.reason
                 text = f"round {number}, attempt given up: {outcome.reason}"
                 self._note("error", row, number, text)
@@ -158,7 +161,7 @@ class Runner:
                         row.id, number, self._last_attempt(row, number), outcome.reason
                     )
                     return self._pause(row, f"round {number}: {outcome.reason}")
-            self._changed(row.id)
+            self._changed(row.id, False)
         return None
 
     def _tidy(self) -> None:
@@ -195,13 +198,13 @@ class Runner:
                 ledger.abandon_round(row.id, attempt.round, attempt.attempt, "the run was stopped")
         ledger.set_run(row.id, state="stopped", reason="stopped by the operator", ended=time.time())
         self._note("warning", row, None, f"run {row.name} was stopped by the operator")
-        self._changed(row.id)
+        self._changed(row.id, False)
 
     def _pause(self, row: RunRow, reason: str) -> None:
         self._forget(row)
         self._engine.ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
         self._note("error", row, None, f"run {row.name} is paused: {reason}")
-        self._changed(row.id)
+        self._changed(row.id, False)
 
     def _note(self, level: str, row: RunRow, round: int | None, text: str) -> None:
         self._engine.note(level, row.id, round, "", text)

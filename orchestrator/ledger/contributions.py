@@ -33,6 +33,24 @@ _COUNTED = (
     .where(*(PLANS.c[name] == sa.bindparam(f"the_{name}") for name in ("run", "round", "attempt")))
 )
 
+LAST = 2**31 - 1
+"""Behind the number of every round."""
+
+_OF_ONE_ATTEMPT = sa.and_(*(ROUNDS.c[key] == PLANS.c[key] for key in ("run", "round", "attempt")))
+_NEWEST_ROUND = (
+    sa.select(sa.func.max(ROUNDS.c.round))
+    .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.state == "committed")
+    .where(ROUNDS.c.round < sa.bindparam("the_round"))
+    .scalar_subquery()
+)
+_NEWEST_SET = (
+    sa.select(PLANS.c.site, PLANS.c.contribution, ROUNDS.c.closed_set)
+    .join(ROUNDS, _OF_ONE_ATTEMPT)
+    .where(PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
+    .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == _NEWEST_ROUND)
+    .where(ROUNDS.c.state == "committed")
+)
+
 
 class Contributions(Plans):
     """The part of the ledger that says which work counts."""
@@ -114,15 +132,9 @@ class Contributions(Plans):
         self, run: str, sites: Sequence[str], before: int | None = None
     ) -> dict[str, str]:
         """`last_counted` of many sites at once: in a long run one look at its newest round."""
-        query = (
-            sa.select(PLANS.c.site, PLANS.c.contribution, ROUNDS.c.closed_set)
-            .join(ROUNDS, _of_one_attempt())
-            .where(PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
-            .where(ROUNDS.c.run == run, ROUNDS.c.round == _newest_round(run, before))
-            .where(ROUNDS.c.state == "committed")
-        )
+        key = {"the_run": run, "the_round": LAST if before is None else before}
         with self._reading() as db:
-            rows = db.execute(query).all()
+            rows = db.execute(_NEWEST_SET, key).all()
         inside = set(json.loads(rows[0].closed_set)) if rows else set()
         found = {row.site: row.contribution for row in rows if row.contribution in inside}
         return {s: found.get(s) or self.last_counted(run, s, before) for s in sites}
@@ -159,7 +171,7 @@ def _accept(db: sa.Connection, row: ContributionRow, now: float) -> Acceptance:
     known = _find(db, row.digest)
     if known is not None:
         return _again(db, known, row.site)
-    plan = find_plan(db, row.plan_id, row.site)
+    plan = find_plan(db, row.plan_id, row.site, lock=True)
     if plan is None:
         raise no_plan(row.plan_id, row.site)
     if plan.work_digest != row.work_digest:
@@ -199,9 +211,9 @@ def _refused(plan: PlanRow, reason: str) -> Acceptance:
 
 
 def _open_target(db: sa.Connection, plan: PlanRow) -> PlanRow | None:
-    """The plan that the work counts for: its own, or the one of another attempt."""
+    """The plan that the work counts for: its own, which is locked, or the one of another attempt."""
     if lock_exchange(db, plan.run, plan.round, plan.attempt, plan.kind):
-        return find_plan(db, plan.id, plan.site, lock=True)
+        return plan
     same = select_plans(db, _same_work(PLANS, plan), is_open())
     for other in same:
         if lock_exchange(db, other.run, other.round, other.attempt, other.kind):
@@ -237,21 +249,10 @@ def _insert(db: sa.Connection, plan: PlanRow, row: ContributionRow, verdict: str
     db.execute(_INSERT, values)
 
 
-def _of_one_attempt() -> sa.ColumnElement[bool]:
-    return sa.and_(*(ROUNDS.c[key] == PLANS.c[key] for key in ("run", "round", "attempt")))
-
-
-def _newest_round(run: str, before: int | None) -> sa.ScalarSelect[Any]:
-    query = sa.select(sa.func.max(ROUNDS.c.round)).where(
-        ROUNDS.c.run == run, ROUNDS.c.state == "committed"
-    )
-    return (query if before is None else query.where(ROUNDS.c.round < before)).scalar_subquery()
-
-
 def _newest(db: sa.Connection, run: str, site: str, before: int | None) -> str:
     query = (
         sa.select(PLANS.c.contribution, ROUNDS.c.closed_set)
-        .join(ROUNDS, _of_one_attempt())
+        .join(ROUNDS, _OF_ONE_ATTEMPT)
         .where(ROUNDS.c.run == run, ROUNDS.c.state == "committed")
         .where(PLANS.c.site == site, PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
         .order_by(ROUNDS.c.round.desc())

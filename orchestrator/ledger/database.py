@@ -47,6 +47,7 @@ class Database:
         self._reader = engine.execution_options(reading=True)
         self._writer = threading.RLock()
         self._waiting: deque[_Work[Any]] = deque()
+        self._run_ids: dict[str, str] = {}  # by name or id, of those that were asked for
 
     @classmethod
     def open(cls, where: str | Path, clock: Callable[[], float] = time.time) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,12 +14,19 @@ from orchestrator.ledger.database import plain, to_json
 from orchestrator.ledger.exchanges import Exchanges, begin, end
 from orchestrator.ledger.plans import of_attempt, plan_digests, plans_of
 from orchestrator.ledger.rows import PlanRow, RoundRow
-from orchestrator.ledger.runs import find
+from orchestrator.ledger.runs import Runs, find
 from orchestrator.views import RoundState
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
 
 ROUNDS, RUNS = tables.rounds, tables.runs
+
+CLOSED_IN = ("train", "init")
+"""Kinds of contributions that a round is made of; there is one of them in an attempt."""
+
+UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
+
+_AS_JSON = ("draft", "closed_set", "memos", "summary")
 
 _IN_ORDER = sa.select(ROUNDS).order_by(ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
 _NUMBERED = _IN_ORDER.where(
@@ -35,16 +43,25 @@ _NEWEST = (
     .order_by(ROUNDS.c.round.desc())
     .limit(1)
 )
+_IN_THE_WAY = _IN_ORDER.where(
+    ROUNDS.c.run == sa.bindparam("the_run"),
+    ROUNDS.c.state.in_(UNDER_WAY)
+    | ((ROUNDS.c.state == "committed") & (ROUNDS.c.round >= sa.bindparam("the_round")))
+    | (
+        (ROUNDS.c.round == sa.bindparam("the_round"))
+        & (ROUNDS.c.attempt >= sa.bindparam("the_attempt"))
+    ),
+)
 _INSERT = sa.insert(ROUNDS)
+_NOW_AT = (
+    sa.update(RUNS)
+    .where(RUNS.c.id == sa.bindparam("the_run"))
+    .values(model=sa.bindparam("model"), outer_state=sa.bindparam("outer_state"))
+)
 
-CLOSED_IN = ("train", "init")
-"""Kinds of contributions that a round is made of; there is one of them in an attempt."""
 
-UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
-
-
-class Rounds(Exchanges):
-    """The part of the ledger that knows rounds and their attempts."""
+class Rounds(Runs, Exchanges):
+    """The part of the ledger that knows runs, their rounds, and the attempts at these."""
 
     def plan_round(
         self, row: RoundRow, plans: Sequence[PlanRow] = (), *, abandoning: str = ""
@@ -78,7 +95,7 @@ class Rounds(Exchanges):
                         _step(db, old, UNDER_WAY, "abandoned", now, reason=abandoning)
             _check_free(db, row)
             values = {name: getattr(row, name) for name in RoundRow.__slots__}
-            for name in ("draft", "closed_set", "memos", "summary"):
+            for name in _AS_JSON:
                 values[name] = to_json(values[name])
             db.execute(_INSERT, {**values, "reason": plain(row.reason)})
             for kind in sorted({plan.kind for plan in plans}):
@@ -137,8 +154,7 @@ class Rounds(Exchanges):
             if closed_set is not None and set(chosen) != set(closed_set):
                 other = min(set(closed_set) - set(chosen))
                 raise Conflict(f"{_where(row)}: contribution {other[:12]} does not count for it")
-            _step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
-            return _row(db, run, round, attempt)
+            return _step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
 
     def hold_round(
         self,
@@ -165,8 +181,7 @@ class Rounds(Exchanges):
                 "memos": memos or {},
                 "summary": summary or {},
             }
-            _step(db, row, ("closed",), "held", self._clock(), reason=reason, **result)
-            return _row(db, run, round, attempt)
+            return _step(db, row, ("closed",), "held", self._clock(), reason=reason, **result)
 
     def abandon_round(self, run: str, round: int, attempt: int, reason: str) -> RoundRow:
         """Give an attempt up, planned, closed or held.
@@ -176,8 +191,7 @@ class Rounds(Exchanges):
         """
         with self._writing() as db:
             row = _row(db, run, round, attempt)
-            _step(db, row, UNDER_WAY, "abandoned", self._clock(), reason=reason)
-            return _row(db, run, round, attempt)
+            return _step(db, row, UNDER_WAY, "abandoned", self._clock(), reason=reason)
 
     def commit_round(
         self,
@@ -206,16 +220,14 @@ class Rounds(Exchanges):
                 "memos": row.memos if memos is None else memos,
                 "summary": row.summary if summary is None else summary,
             }
-            _step(db, row, ("closed", "held"), "committed", self._clock(), **result)
-            db.execute(
-                sa.update(RUNS).where(RUNS.c.id == run).values(model=model, outer_state=outer)
-            )
-            return _row(db, run, round, attempt)
+            done = _step(db, row, ("closed", "held"), "committed", self._clock(), **result)
+            db.execute(_NOW_AT, {"the_run": run, "model": model, "outer_state": outer})
+            return done
 
     def rounds(self, run: str, all_attempts: bool = False) -> list[RoundRow]:
         """The rounds of a run in order: of each the last attempt, or all of them."""
         with self._reading() as db:
-            rows = _rows(db, ROUNDS.c.run == find(db, run).id)
+            rows = _rows(db, ROUNDS.c.run == self._id(db, run))
         return rows if all_attempts else list({row.round: row for row in rows}.values())
 
     def round(self, run: str, number: int, attempt: int | None = None) -> RoundRow:
@@ -225,24 +237,24 @@ class Rounds(Exchanges):
             NotFound: There is no such run, round or attempt.
         """
         with self._reading() as db:
-            return _row(db, find(db, run).id, number, attempt)
+            return _row(db, self._id(db, run), number, attempt)
 
     def history(self, run: str, after: int = -1) -> list[RoundRow]:
         """The committed rounds of a run in order, those after a number."""
         with self._reading() as db:
-            key = {"the_run": find(db, run).id, "the_round": after}
+            key = {"the_run": self._id(db, run), "the_round": after}
             return [_round(row) for row in db.execute(_COMMITTED, key)]
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""
         with self._reading() as db:
-            row = db.execute(_NEWEST, {"the_run": find(db, run).id}).first()
+            row = db.execute(_NEWEST, {"the_run": self._id(db, run)}).first()
         return None if row is None else _round(row)
 
     def attempts(self, run: str, number: int) -> list[RoundRow]:
         """The attempts of one round in order; none if it was not planned yet."""
         with self._reading() as db:
-            return _numbered(db, find(db, run).id, number)
+            return _numbered(db, self._id(db, run), number)
 
     def open_rounds(self) -> list[RoundRow]:
         """Attempts of all runs that are planned, closed or held: what a start goes on with."""
@@ -269,21 +281,21 @@ def _row(db: sa.Connection, run: str, number: int, attempt: int | None) -> Round
 
 
 def _round(row: sa.Row[Any]) -> RoundRow:
-    values = dict(row._mapping)
-    for name in ("draft", "memos", "summary"):
-        values[name] = json.loads(values[name])
-    values["closed_set"] = tuple(json.loads(values["closed_set"]))
-    return RoundRow(**values)
+    return RoundRow(**_decoded(row._asdict()))
+
+
+def _decoded(values: dict[str, Any]) -> dict[str, Any]:
+    """Columns as fields."""
+    out = {name: json.loads(v) if name in _AS_JSON else v for name, v in values.items()}
+    if "closed_set" in out:
+        out["closed_set"] = tuple(out["closed_set"])
+    return out
 
 
 def _check_free(db: sa.Connection, row: RoundRow) -> None:
     """Whether an attempt may begin, with what there is of its run."""
-    in_its_way = sa.or_(
-        ROUNDS.c.state.in_(UNDER_WAY),
-        (ROUNDS.c.state == "committed") & (ROUNDS.c.round >= row.round),
-        (ROUNDS.c.round == row.round) & (ROUNDS.c.attempt >= row.attempt),
-    )
-    for other in _rows(db, ROUNDS.c.run == row.run, in_its_way):
+    key = {"the_run": row.run, "the_round": row.round, "the_attempt": row.attempt}
+    for other in map(_round, db.execute(_IN_THE_WAY, key)):
         if other.state in UNDER_WAY:
             raise Conflict(f"{_where(other)}: it is {other.state}; end it before planning another")
         if other.state == "committed" and other.round >= row.round:
@@ -299,27 +311,29 @@ def _step(
     after: RoundState,
     now: float,
     **values: Any,
-) -> None:
-    """Move an attempt on, if it is where it should be; whatever is open closes."""
+) -> RoundRow:
+    """Move an attempt on, if it is where it should be; whatever is open closes. Gives the new row."""
     end(db, row.run, row.round, row.attempt, now)
     document: dict[str, Any] = {"round": row.round, "attempt": row.attempt}
-    for name, value in values.items():
-        if name in ("closed_set", "memos", "summary"):
+    values["state"] = after
+    for name, value in list(values.items()):
+        if name in _AS_JSON:
             values[name] = to_json(value)
         if name == "reason":
             values[name] = plain(value)
         elif name in ("memos", "summary"):
             document[name] = digest(values[name].encode())
-        else:
+        elif name != "state":
             document[name] = value
     if after == "committed":
         document["closed_set"] = list(row.closed_set)
     if after != "held":
         values["closed" if after == "closed" else "ended"] = now
     which = of_attempt(ROUNDS, row.run, row.round, row.attempt) & ROUNDS.c.state.in_(before)
-    if not db.execute(sa.update(ROUNDS).where(which).values(state=after, **values)).rowcount:
+    if not db.execute(sa.update(ROUNDS).where(which).values(values)).rowcount:
         raise _wrong_state(row, before, after)
     chain.append(db, row.run, after, now, document)
+    return replace(row, **_decoded(values))
 
 
 def _wrong_state(row: RoundRow, before: Sequence[RoundState], after: str) -> Conflict:

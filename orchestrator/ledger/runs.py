@@ -21,10 +21,23 @@ _FIND = sa.select(RUNS).where(
     sa.or_(RUNS.c.id == sa.bindparam("the_run"), RUNS.c.name == sa.bindparam("the_run"))
 )
 _LOCK = _FIND.with_for_update()
+_IN_ORDER = sa.select(RUNS).order_by(RUNS.c.created, RUNS.c.id)
+_FIRST = _IN_ORDER.where(RUNS.c.state == sa.bindparam("the_state")).limit(1)
 
 
 class Runs(Database):
     """The part of the ledger that knows the runs."""
+
+    def _id(self, db: sa.Connection, name_or_id: str) -> str:
+        """The id of a run. Looked up once: no run is ever removed, or gets another name.
+
+        Raises:
+            NotFound: There is no such run.
+        """
+        known = self._run_ids.get(name_or_id)
+        if known is None:
+            known = self._run_ids[name_or_id] = find(db, name_or_id).id
+        return known
 
     def create_run(self, row: RunRow) -> None:
         """Record a new run.
@@ -73,7 +86,7 @@ class Runs(Database):
     def runs(self) -> list[RunRow]:
         """All runs, oldest first."""
         with self._reading() as db:
-            return [_run(row) for row in db.execute(_in_order())]
+            return [_run(row) for row in db.execute(_IN_ORDER)]
 
     def run(self, name_or_id: str) -> RunRow:
         """One run, by its id or its name.
@@ -169,7 +182,7 @@ class Runs(Database):
     def entries(self, run: str) -> list[Entry]:
         """The hash chain of a run, oldest first."""
         with self._reading() as db:
-            return chain.entries(db, find(db, run).id)
+            return chain.entries(db, self._id(db, run))
 
     def verify_entries(self, run: str) -> str:
         """Check a run's hash chain; gives the digest of its newest entry.
@@ -184,7 +197,7 @@ class Runs(Database):
 
     def _first(self, state: RunState) -> RunRow | None:
         with self._reading() as db:
-            row = db.execute(_in_order().where(RUNS.c.state == state).limit(1)).first()
+            row = db.execute(_FIRST, {"the_state": state}).first()
             return None if row is None else _run(row)
 
 
@@ -198,10 +211,6 @@ def find(db: sa.Connection, name_or_id: str, lock: bool = False) -> RunRow:
     if row is None:
         raise not_found("run", name_or_id, list(db.scalars(sa.select(RUNS.c.name))))
     return _run(row)
-
-
-def _in_order() -> sa.Select[Any]:
-    return sa.select(RUNS).order_by(RUNS.c.created, RUNS.c.id)
 
 
 def _run(row: sa.Row[Any]) -> RunRow:

@@ -30,7 +30,7 @@ class Bench:
         self.does: Round = lambda engine, run, number, abandoning: self.commit(run, number)
         self.runner = Runner(bench.engine, self._change)
 
-    def _change(self, run: str) -> None:
+    def _change(self, run: str, committed: bool) -> None:
         with self.changes:
             self.changed.append(run)
             self.changes.notify_all()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from orchestrator.board import Board
 from orchestrator.gathering import Decision, Gathering, Member
 from orchestrator.ledger import Ledger, PlanRow
-from orchestrator.sessions import Sessions
+from orchestrator.sessions import Session, Sessions
 from orchestrator.views import WorkState
 from protos.errors import NotFound
 from protos.v1 import site_pb2
@@ -178,9 +178,8 @@ class Exchange:
                 self._show(row.site, "counted")
             elif row.answer:
                 machine = machine.failed(row.site, row.message or row.answer)
-            elif sessions.send(row.site, _offer(row, base)):
-                if base is not None:
-                    self.moved(row.site, received=len(base.data))
+            elif (session := sessions.get(row.site)) is not None:
+                self._offer(session, row, base)
             else:
                 machine = machine.gone(row.site, now)
                 self._show(row.site, "gone")
@@ -188,6 +187,15 @@ class Exchange:
             return self._wait(machine)
         finally:
             self._plan_id = ""
+
+    def _offer(self, session: Session, row: PlanRow, base: site_pb2.SmallModel | None) -> None:
+        """Push a plan, with its base unless the site was just given it: to be assessed, say."""
+        if base is not None and session.given == base.head.index:
+            base = None
+        if base is not None:
+            session.given = base.head.index
+            self.moved(row.site, received=len(base.data))
+        session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan, base=base)))
 
     def _wait(self, machine: Gathering) -> Gathered:
         while True:
@@ -225,7 +233,3 @@ class Exchange:
             if row.site in sites and self.sessions is not None:
                 message = site_pb2.Cancel(plan_id=row.id, reason=reason)
                 self.sessions.send(row.site, site_pb2.ToSite(cancel=message))
-
-
-def _offer(row: PlanRow, base: site_pb2.SmallModel | None) -> site_pb2.ToSite:
-    return site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan, base=base))

@@ -27,6 +27,8 @@ class Session:
         since: When it attached.
         last_seen: When it last said something.
         paused: It takes no new plans.
+        given: Index of the small model that it was given last; whoever asks for the same model
+            again need not give it again.
     """
 
     site: str
@@ -35,6 +37,7 @@ class Session:
     since: float = field(default_factory=time.time)
     last_seen: float = field(default_factory=time.monotonic)
     paused: bool = False
+    given: bytes | None = None
     _outgoing: queue.SimpleQueue[site_pb2.ToSite | None] = field(default_factory=queue.SimpleQueue)
 
     def send(self, message: site_pb2.ToSite) -> None:

@@ -133,6 +133,29 @@ def test_a_small_base_goes_out_with_the_plans_and_is_counted(table: Table) -> No
     assert received == {"east": 0, "north": 7, "south": 7}  # east is not there
 
 
+def test_a_small_base_goes_out_once_to_a_site_that_stays(table: Table) -> None:
+    """A candidate that was assessed is the next base; a site that came anew has lost it, maybe."""
+    bases = [
+        site_pb2.SmallModel(head=site_pb2.ArtefactHead(index=name), data=name)
+        for name in (b"1", b"2")
+    ]
+    for base in (bases[0], bases[0], bases[1], bases[0]):
+        thread = table.gather(base=base)
+        table.exchange.interrupt()
+        assert table.result(thread).interrupted
+    again = table.attach("south")
+    thread = table.gather(base=bases[0])
+    table.exchange.interrupt()
+    assert table.result(thread).interrupted
+    given = {}
+    for name, session in (("north", table.session["north"]), ("south again", again)):
+        session.end()
+        given[name] = [said.plan.base.data for said in session.outgoing()]
+    assert given == {"north": [b"1", b"", b"2", b"1", b""], "south again": [b"1"]}
+    received = {row.site: row.received_bytes for row in table.bench.board.rows()}
+    assert received["north"] == 3
+
+
 def test_it_closes_when_all_have_answered(table: Table) -> None:
     thread = table.gather()
     for site in ("north", "south"):

@@ -170,6 +170,14 @@ class OperatorClient:
         request = operator_pb2.ExtendRequest(run=run, rounds=rounds)
         return self._one(views.Run, self._stub.Extend, request)
 
+    def release(self, run: str) -> views.Run:
+        """Commit the round that a run waits with."""
+        return self._one(views.Run, self._stub.Release, operator_pb2.RunName(run=run))
+
+    def reject(self, run: str) -> views.Run:
+        """Drop the round that a run waits with; the next one starts from the last good model."""
+        return self._one(views.Run, self._stub.Reject, operator_pb2.RunName(run=run))
+
     def export(
         self, run: str, round: str, directory: Path, of: str = "", stored: bool = False
     ) -> list[Path]:

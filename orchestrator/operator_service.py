@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 
 import grpc
 
-from orchestrator import retention
+from orchestrator import holding, retention
 from orchestrator.exporting import exported
 from orchestrator.launching import launch
-from orchestrator.ledger import EventLog
+from orchestrator.ledger import EventLog, Ledger, RoundRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
@@ -171,6 +171,29 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
             )
         if row.state not in ("queued", "running"):
             self._engine.ledger.set_run(row.id, state="queued", reason="")
+        self._changed(row.id)
+        self._runner.wake()
+        return _view(self._viewing.run(row.id))
+
+    def Release(
+        self, request: operator_pb2.RunName, context: grpc.ServicerContext
+    ) -> operator_pb2.View:
+        """Commit the round that a run waits with; the run goes on."""
+        return self._decided(request.run, holding.release)
+
+    def Reject(
+        self, request: operator_pb2.RunName, context: grpc.ServicerContext
+    ) -> operator_pb2.View:
+        """Drop the round that a run waits with; the run goes on from the last good model."""
+        return self._decided(request.run, holding.reject)
+
+    def _decided(
+        self, run: str, decide: Callable[[Ledger, RoundRow], RoundRow]
+    ) -> operator_pb2.View:
+        ledger = self._engine.ledger
+        row = ledger.run(run)
+        decide(ledger, holding.for_decision(ledger, row))
+        ledger.set_run(row.id, state="queued", reason="")
         self._changed(row.id)
         self._runner.wake()
         return _view(self._viewing.run(row.id))

@@ -88,6 +88,31 @@ class AssessSection(Section):
     every: int = Field(1, ge=0)
 
 
+class GateSection(Section):
+    """When a round's model is held instead of committed, and what becomes of it then.
+
+    A held round keeps its candidate and its closed set: neither decision trains anything again.
+
+    Attributes:
+        tolerance: How much worse a round's model may be, at the sites' validation data, than the
+            last one that was assessed: the accuracy lost, as a share (0.01 is one point), or, of a
+            task without accuracy, the share by which the loss grows. None: it is not judged.
+        norm: A contribution whose update's norm is more than this many times the median of its
+            cohort (of three or more) is an outlier.
+        cosine: One whose update has a smaller cosine than this to the sum of the others' is an
+            outlier (cohorts of three or more; costs a pass over all contributions).
+        on_hold: "reject": the round is dropped, and the next one starts from the last good model.
+            "release": it is committed all the same, and its reason noted. "wait": the run is
+            paused until `farflung release` or `farflung reject`. After three held rounds in a row
+            the run waits in any case. Rounds held by ``on_error`` are treated alike.
+    """
+
+    tolerance: float | None = Field(None, ge=0)
+    norm: float | None = Field(None, gt=1)
+    cosine: float | None = Field(None, ge=-1, lt=1)
+    on_hold: Literal["reject", "release", "wait"] = "reject"
+
+
 class RunConfig(Section):
     """A run file.
 
@@ -114,6 +139,7 @@ class RunConfig(Section):
     strategy: tuple[StrategyChoice, ...] | None = None
     on_error: Literal["skip", "hold"] = "skip"
     tolerance: float | None = Field(None, ge=0)
+    gate: GateSection = GateSection()
     references: dict[str, float] = Field({})
 
     @field_validator("strategy", mode="before")
@@ -132,6 +158,12 @@ class RunConfig(Section):
                 row = {**kept, "params": params}
             out.append(row)
         return out
+
+    @model_validator(mode="after")
+    def _judged(self) -> RunConfig:
+        if self.gate.tolerance is not None and self.assess.every == 0:
+            raise ValueError("gate.tolerance needs assessed rounds: assess.every must not be 0")
+        return self
 
     @property
     def stack(self) -> tuple[StrategyChoice, ...]:

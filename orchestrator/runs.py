@@ -9,7 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator.compute.errors import ComputeDied
-from orchestrator.ledger import RunRow
+from orchestrator.holding import after_rejected, held_round, settle
+from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.retention import retire
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import first
@@ -114,11 +115,14 @@ class Runner:
                 row.id, state="running", reason="", started=row.started or time.time()
             )
             self._changed(row.id, False)
+        elif (left := held_round(ledger, row.id)) is not None and not self._settled(row, left):
+            return None  # the daemon before this one ended between the two
+        behind = after_rejected(ledger, row.id)
         abandoning, waiting, tries, died = "", "", 0, -1
         while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
-            number = last.round + 1 if last is not None else 0
+            number = max(last.round + 1, behind) if last is not None else 0
             if number > row.rounds:
                 self._tidy()
                 self._forget(row)
@@ -151,7 +155,11 @@ class Runner:
                 self._changed(row.id, True)
                 continue
             if outcome.state == "held":
-                return self._pause(row, outcome.reason)
+                self._note("error", row, number, f"round {number} is held: {outcome.reason}")
+                held = held_round(ledger, row.id)
+                if held is not None and not self._settled(row, held):
+                    return None
+                behind = number + 1
             if outcome.state == "again":
                 tries, abandoning = tries + 1, outcome.reason
                 text = f"round {number}, attempt given up: {outcome.reason}"
@@ -199,6 +207,13 @@ class Runner:
         ledger.set_run(row.id, state="stopped", reason="stopped by the operator", ended=time.time())
         self._note("warning", row, None, f"run {row.name} was stopped by the operator")
         self._changed(row.id, False)
+
+    def _settled(self, row: RunRow, held: RoundRow) -> bool:
+        """Whether a held round is decided upon and the run goes on; if not, the run is paused."""
+        why = settle(self._engine.ledger, row, held)
+        if why:
+            self._pause(row, why)
+        return not why
 
     def _pause(self, row: RunRow, reason: str) -> None:
         self._forget(row)

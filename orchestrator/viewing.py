@@ -121,6 +121,7 @@ class Viewing:
             },
             missing={**summary.get("unassessed", {}), **summary.get("missing", {})},
             reason=row.reason,
+            held=summary.get("held", ""),
         )
 
     # -- runs ---------------------------------------------------------------------------------------

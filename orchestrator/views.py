@@ -146,6 +146,7 @@ class Round(View):
         work: Local work asked for, e.g. {"epochs": 5.0}.
         calibration: Fitted maps by strategy.
         missing: Sites that were asked and not counted, with the reason.
+        held: Why it was held; empty if it was not.
     """
 
     run: str
@@ -172,6 +173,7 @@ class Round(View):
     reliability: dict[str, Reliability] = {}
     missing: dict[str, str] = {}
     reason: str = ""
+    held: str = ""
 
 
 class Run(View):

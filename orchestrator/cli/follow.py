@@ -82,6 +82,11 @@ def verdict(run: views.Run, rounds: Sequence[views.Round]) -> tuple[int, list[st
                     f"round {entry.round} went on without {site}: {reason}",
                 )
             )
+    problems += [
+        (ERRORS[DeadlineExceeded].exit_code, f"round {entry.round} was {entry.reason}")
+        for entry in rounds
+        if entry.state == "abandoned" and entry.held
+    ]
     for entry in rounds:
         problems += [
             (

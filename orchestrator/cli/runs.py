@@ -1,4 +1,4 @@
-"""`farflung launch`, `watch`, `stop` and `extend`: what moves a run."""
+"""`farflung launch`, `watch`, `stop`, `extend`, `release` and `reject`: what moves a run."""
 
 from __future__ import annotations
 
@@ -119,3 +119,31 @@ def extend(
         print_json(extended)
         return
     say(f"Run {extended.name} now has {extended.rounds} rounds; it is {extended.state}.")
+
+
+def release(run: Run, home: Home = None, as_json: Json = False) -> None:
+    """Commit the round that a run waits with, as it is; the run goes on.
+
+    Nothing is trained again. `farflung rounds` shows why the round is held, and its scores.
+
+    Example: `farflung release fashion`
+    """
+    with operator(home) as client:
+        released = client.release(run)
+    if as_json:
+        print_json(released)
+        return
+    say(f"Run {released.name}: the held round is committed; it is {released.state}.")
+
+
+def reject(run: Run, home: Home = None, as_json: Json = False) -> None:
+    """Drop the round that a run waits with; the run goes on from the last good model.
+
+    Example: `farflung reject fashion`
+    """
+    with operator(home) as client:
+        rejected = client.reject(run)
+    if as_json:
+        print_json(rejected)
+        return
+    say(f"Run {rejected.name}: the held round is dropped; it is {rejected.state}.")

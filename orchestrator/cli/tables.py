@@ -177,6 +177,8 @@ def notes(entry: views.Round) -> str:
         found.append("unassessed")
     found += [f"{p.name} {p.state}: {p.reason}" for p in entry.plugins if p.state != "done"]
     found += [f"{p.name} {cost(p)}" for p in entry.plugins if p.cpu_seconds is not None]
+    if entry.held and entry.state == "committed":
+        found.append(f"released after it was held: {entry.held}")
     if entry.reason and (entry.missing or entry.state in ("held", "abandoned")):
         found.append(entry.reason)
     return "; ".join(found)

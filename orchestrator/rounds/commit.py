@@ -31,9 +31,14 @@ def commit(
 
 
 def summary(
-    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, assessed: Assessment
+    engine: Engine,
+    planned: Planned,
+    closed: Closed,
+    candidate: Candidate,
+    assessed: Assessment,
+    held: str = "",
 ) -> dict[str, Any]:
-    """What the round came to, for views and for the next round's plan."""
+    """What the round came to, for views and for the next round's plan; and why it is held."""
     draft = planned.row.draft
     change = candidate.relative_change
     schedule = Schedule.model_validate(draft["schedule"])
@@ -61,6 +66,7 @@ def summary(
         "wire_bytes": engine.board.wire_bytes(),
         "sites": [r.model_dump(mode="json") for r in rows],
         "finished": time.time(),
+        "held": held,
     }
 
 

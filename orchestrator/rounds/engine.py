@@ -258,6 +258,7 @@ class Candidate:
         payloads: Merged side payloads: name to {object, offset, nbytes, dtype, shape, merge}.
         files: What strategies keep beside the model: "strategy/name" to {object, nbytes}.
         held: Why the round must be held; empty if it need not.
+        cosines: Of each site's update to the sum of the others', if the run's gate asks for it.
         average: What it was before plug-ins changed its model; None if none did.
     """
 
@@ -270,6 +271,7 @@ class Candidate:
     payloads: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     held: str = ""
+    cosines: dict[str, float] = field(default_factory=dict)
     average: Candidate | None = None
 
 

@@ -9,6 +9,7 @@ from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.rounds.assess import assess
 from orchestrator.rounds.commit import commit, summary
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned, timed
+from orchestrator.rounds.gate import hold_reason
 from orchestrator.rounds.gather import Closed, gather
 from orchestrator.rounds.plan import plan
 from orchestrator.rounds.reduce import reduce
@@ -57,31 +58,37 @@ def run_round(engine: Engine, run: RunRow, number: int, abandoning: str = "") ->
         with timed(engine.board, "refining"):
             candidate = refine(engine, planned, closed, candidate)
         if candidate.held:
-            return _hold(engine, planned, closed, candidate, Assessment())
+            return _hold(engine, planned, closed, candidate, Assessment(), candidate.held)
         with timed(engine.board, "assessing"):
             found = assess(engine, planned, closed, candidate)
         if found is None:
             return Outcome("interrupted")
         candidate, assessed = found
-        if candidate.held:
-            return _hold(engine, planned, closed, candidate, assessed)
+        held = candidate.held or hold_reason(engine, planned, closed, candidate, assessed)
+        if held:
+            return _hold(engine, planned, closed, candidate, assessed, held)
         with timed(engine.board, "committing"):
             committed = commit(engine, planned, closed, candidate, assessed)
     return Outcome("committed", row=committed)
 
 
 def _hold(
-    engine: Engine, planned: Planned, closed: Closed, candidate: Candidate, assessed: Assessment
+    engine: Engine,
+    planned: Planned,
+    closed: Closed,
+    candidate: Candidate,
+    assessed: Assessment,
+    reason: str,
 ) -> Outcome:
     row = planned.row
     engine.ledger.hold_round(
         row.run,
         row.round,
         row.attempt,
-        candidate.held,
+        reason,
         model=candidate.model.shared,
         outer_state=candidate.outer_state,
         memos=candidate.memos,
-        summary=summary(engine, planned, closed, candidate, assessed),
+        summary=summary(engine, planned, closed, candidate, assessed, reason),
     )
-    return Outcome("held", candidate.held)
+    return Outcome("held", reason)

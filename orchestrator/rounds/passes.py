@@ -26,21 +26,25 @@ def passes(job: dict[str, Any], spans: Spans, call: Call) -> dict[str, Any]:
         call: Who runs a function.
 
     Returns:
-        ``weights`` (site to a list over the groups), ``relative_change``, ``chunks`` and
+        ``weights`` (site to a list over the groups), ``cosines`` (site to that of its update to
+        the sum of the others', if the job asks for it), ``relative_change``, ``chunks`` and
         ``state_chunks`` (number and digest of those that one run wrote alone), ``state_manifest``
         (JSON text; empty for no outer state), ``payloads`` (as of `assessment.pool`).
     """
     runs = [{"first": first, "end": end} for first, end in spans]
     prepared = call("prepare", [{"job": job}])[0]
     gram = None
-    if prepared["measure"]:
+    if prepared["measure"] or job["cosines"]:
         found = call("measure_run", [{"job": job, **run} for run in runs])
         gram = added_gram(found, len(job["sources"]))
-    weights = call("weigh", [{**job["cohort"], "stack": job["stack"], "gram": gram}])[0]["weights"]
+    asked = {**job["cohort"], "stack": job["stack"], "gram": gram if prepared["measure"] else None}
+    weights = call("weigh", [asked])[0]["weights"]
     reduced = call("reduce_run", [{"job": job, "weights": weights, **run} for run in runs])
     merged = call("pool", [job["pool"]])[0]["payloads"] if job["pool"]["sites"] else {}
+    sites = job["cohort"]["sites"]
     return {
-        "weights": dict(zip(job["cohort"]["sites"], weights, strict=True)),
+        "weights": dict(zip(sites, weights, strict=True)),
+        "cosines": dict(zip(sites, cosines(gram), strict=True)) if gram and job["cosines"] else {},
         "relative_change": relative_change(reduced),
         "chunks": [chunk for run in reduced for chunk in run["chunks"]],
         "state_chunks": [chunk for run in reduced for chunk in run["state_chunks"]],
@@ -56,6 +60,17 @@ def added_gram(results: list[dict[str, Any]], n: int) -> list[list[float]]:
         for i, line in enumerate(tile["gram"]):
             for j, value in enumerate(line):
                 out[i][j] += value
+    return out
+
+
+def cosines(gram: list[list[float]]) -> list[float]:
+    """Of each update to the sum of the others, from their Gram matrix; 0 where either is zero."""
+    everyone, out = range(len(gram)), []
+    for i in everyone:
+        others = [j for j in everyone if j != i]
+        along = sum(gram[i][j] for j in others)
+        size = gram[i][i] * sum(gram[j][k] for j in others for k in others)
+        out.append(along / math.sqrt(size) if size > 0 else 0.0)
     return out
 
 

@@ -32,8 +32,8 @@ def plan(engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Plan
         raise Conflict(f"run {run.name}: it has no first base")
     attempts = engine.ledger.attempts(run.id, number)
     base = Model.of(before)
-    if attempts and attempts[-1].state == "held":  # whoever lets the run go on has rejected it
-        abandoning = abandoning or f"rejected after it was held: {attempts[-1].reason}"
+    if attempts and attempts[-1].state == "held":  # and the operator lets the run try it again
+        abandoning = abandoning or f"tried again after it was held: {attempts[-1].reason}"
     if attempts and attempts[-1].state in ("planned", "closed") and not abandoning:
         return Planned(config, run, attempts[-1], base, before)
     attempt = attempts[-1].attempt + 1 if attempts else 1

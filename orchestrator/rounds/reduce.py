@@ -55,6 +55,7 @@ def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
         memos=planned.row.draft["memos"],
         payloads=merged,
         files=planned.before.summary.get("files", {}),
+        cosines=done["cosines"],
     )
 
 
@@ -94,6 +95,7 @@ def job_of(
         "groups": draft["groups"],
         "round": planned.row.round,
         "seed": planned.config.seed,
+        "cosines": planned.config.gate.cosine is not None,
         "sources": [
             {
                 "site": c.site,

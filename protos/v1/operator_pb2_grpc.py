@@ -89,6 +89,16 @@ class OperatorStub(object):
                 request_serializer=protos_dot_v1_dot_operator__pb2.ExtendRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/farflung.v1.Operator/Release',
+                request_serializer=protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
+                _registered_method=True)
+        self.Reject = channel.unary_unary(
+                '/farflung.v1.Operator/Reject',
+                request_serializer=protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
+                _registered_method=True)
         self.Export = channel.unary_stream(
                 '/farflung.v1.Operator/Export',
                 request_serializer=protos_dot_v1_dot_operator__pb2.ExportRequest.SerializeToString,
@@ -180,6 +190,20 @@ class OperatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """views.Run
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reject(self, request, context):
+        """views.Run
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Export(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -249,6 +273,16 @@ def add_OperatorServicer_to_server(servicer, server):
             'Extend': grpc.unary_unary_rpc_method_handler(
                     servicer.Extend,
                     request_deserializer=protos_dot_v1_dot_operator__pb2.ExtendRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.RunName.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
+            ),
+            'Reject': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reject,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.RunName.FromString,
                     response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
             ),
             'Export': grpc.unary_stream_rpc_method_handler(
@@ -558,6 +592,60 @@ class Operator(object):
             target,
             '/farflung.v1.Operator/Extend',
             protos_dot_v1_dot_operator__pb2.ExtendRequest.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Operator/Release',
+            protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Operator/Reject',
+            protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
             protos_dot_v1_dot_operator__pb2.View.FromString,
             options,
             channel_credentials,

@@ -49,6 +49,10 @@ class OperatorStub:
     """views.Run"""
     Extend: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.ExtendRequest, protos.v1.operator_pb2.View]
     """views.Run"""
+    Release: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]
+    """views.Run"""
+    Reject: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]
+    """views.Run"""
     Export: grpc.UnaryStreamMultiCallable[protos.v1.operator_pb2.ExportRequest, protos.v1.operator_pb2.FilePart]
     Collect: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.CollectRequest, protos.v1.operator_pb2.View]
     """views.Collected"""
@@ -76,6 +80,10 @@ class OperatorAsyncStub(OperatorStub):
     Stop: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.StopRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
     """views.Run"""
     Extend: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.ExtendRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
+    """views.Run"""
+    Release: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]  # type: ignore[assignment]
+    """views.Run"""
+    Reject: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]  # type: ignore[assignment]
     """views.Run"""
     Export: grpc.aio.UnaryStreamMultiCallable[protos.v1.operator_pb2.ExportRequest, protos.v1.operator_pb2.FilePart]  # type: ignore[assignment]
     Collect: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.CollectRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
@@ -165,6 +173,22 @@ class OperatorServicer(metaclass=abc.ABCMeta):
     def Extend(
         self,
         request: protos.v1.operator_pb2.ExtendRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
+        """views.Run"""
+
+    @abc.abstractmethod
+    def Release(
+        self,
+        request: protos.v1.operator_pb2.RunName,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
+        """views.Run"""
+
+    @abc.abstractmethod
+    def Reject(
+        self,
+        request: protos.v1.operator_pb2.RunName,
         context: _ServicerContext,
     ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
         """views.Run"""

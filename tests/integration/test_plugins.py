@@ -137,7 +137,8 @@ def test_a_calibration_is_stopped_and_named_too_where_it_has_no_process_of_its_o
 def test_a_round_is_held_where_the_run_says_so_and_tried_again(field: Field) -> None:
     federation = field.federation
     misbehave(field, "raise")
-    config = field.config("held", rounds=1, strategy=DISTILLED, on_error="hold")
+    gate = {"on_hold": "wait"}
+    config = field.config("held", rounds=1, strategy=DISTILLED, on_error="hold", gate=gate)
     run = federation.launch(config)
     view = federation.wait(run, 120)
     assert view.state == "paused"
@@ -150,6 +151,39 @@ def test_a_round_is_held_where_the_run_says_so_and_tried_again(field: Field) -> 
     field.clear()
     federation.client.extend(run, 1)
     assert feddf(complete(field, run)[-1]).state == "done"
+
+
+def test_a_held_round_is_released_or_rejected_without_training_again(field: Field) -> None:
+    """Of three updates of different size the largest is more than a ten-thousandth above the middle."""
+    federation, gate = field.federation, {"norm": 1.0001, "on_hold": "wait"}
+    run = federation.launch(field.config("gated", rounds=3, strategy=[], gate=gate))
+    models = []
+    for number, decide in ((1, "release"), (2, "reject"), (3, "release")):
+        view = federation.wait(run, 120)
+        assert view.state == "paused"
+        assert view.reason.startswith("waiting for decision")
+        assert ("3 rounds in a row" in view.reason) == (number == 3)
+        assert f"round {number} is held, site " in view.reason
+        assert "the norm of its update is " in view.reason
+        (*_, held) = federation.rounds(run)
+        assert (held.round, held.state) == (number, "held")
+        assert held.scores["val.accuracy"] > 0
+        models.append(held.model)
+        assert farflung(field, decide, run).returncode == 0
+    assert federation.wait(run, 120).state == "finished"
+    refused = farflung(field, "release", run)
+    assert refused.returncode == 75
+    assert "it is finished, and no round of it waits for a decision" in " ".join(
+        refused.stderr.split()
+    )
+    first, second, third = federation.rounds(run)
+    assert [r.state for r in (first, second, third)] == ["committed", "abandoned", "committed"]
+    assert (first.model, third.model) == (models[0], models[2])
+    assert first.model == third.base, "the rejected one is nobody's base"
+    assert federation.client.run(run).model == third.model
+    told = farflung(field, "watch", run)
+    assert told.returncode == 75
+    assert "round 2 was rejected: site " in " ".join(told.stderr.split())
 
 
 def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(

@@ -124,6 +124,14 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
         self.asked.append(request)
         return view(a_run(rounds=3 + request.rounds))
 
+    def Release(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return view(a_run(state="queued"))
+
+    def Reject(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return view(a_run(state="queued"))
+
     def Export(self, request: Any, context: Any) -> Iterator[Any]:
         self.asked.append(request)
         for name, data in self.files:

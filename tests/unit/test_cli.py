@@ -52,8 +52,8 @@ def commands() -> Iterator[tuple[str, Any]]:
 def test_every_command_of_the_manual_is_there() -> None:
     assert {name for name, _ in commands()} == {
         "init", "serve", "invite", "revoke", "sites", "launch", "runs", "rounds", "watch", "stop",
-        "extend", "export", "gc", "strategies", "doctor", "demo", "bench exchange", "bench rounds",
-        "bench codec", "bench reduce", "compare",
+        "extend", "release", "reject", "export", "gc", "strategies", "doctor", "demo",
+        "bench exchange", "bench rounds", "bench codec", "bench reduce", "compare",
     }  # fmt: skip
 
 
@@ -101,6 +101,8 @@ def test_no_daemon_is_one_sentence(
         (["runs"], ["fashion", "digits", "2/3", "81.2 %"]),
         (["rounds", "fashion"], ["committed", "5 epochs", "2/2", "75.0 %", "0.0312", "2 MB"]),
         (["extend", "fashion", "--rounds", 2], ["5 rounds"]),
+        (["release", "fashion"], ["the held round is committed", "queued"]),
+        (["reject", "fashion"], ["the held round is dropped", "queued"]),
         (["gc", "--dry-run"], ["would remove 3 files, 300 B; 7 stay"]),
         (["revoke", "north"], ["north is revoked"]),
         (["invite", "north"], ["farflung-join-1.x\n"]),

@@ -8,11 +8,12 @@ import pytest
 
 from orchestrator import runs as runs_module
 from orchestrator.compute.errors import ComputeDied
-from orchestrator.ledger import RoundRow, RunRow
+from orchestrator.holding import for_decision, reject, release
+from orchestrator.ledger import Ledger, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.page import Outcome
 from orchestrator.runs import Runner
-from protos.errors import ComputeFailed, Unavailable
+from protos.errors import ComputeFailed, Conflict, Unavailable
 from tests.support.workbench import Workbench
 
 WAIT_S = 20.0
@@ -223,11 +224,106 @@ def test_an_error_pauses_its_run_and_the_next_one_goes_on(
     bench.until("b", "finished")
 
 
-def test_a_held_round_pauses_with_its_reason(bench: Bench) -> None:
-    bench.bench.run("a")
-    bench.does = lambda *_: Outcome("held", "feddf was held in round 1")
+# -- held rounds -------------------------------------------------------------------------------------
+
+
+def holding(bench: Bench, *numbers: int) -> Round:
+    """Holds the rounds of these numbers and commits all others."""
+
+    def does(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number not in numbers:
+            return bench.commit(run, number)
+        hold(bench, run.id, number)
+        return Outcome("held", f"reason {number}")
+
+    return does
+
+
+def hold(bench: Bench, run: str, number: int) -> None:
+    ledger = bench.bench.ledger
+    ledger.plan_round(RoundRow(run, number, 1, started=1.0))
+    ledger.close_round(run, number, 1, None, "every site answered")
+    reason = f"reason {number}"
+    ledger.hold_round(run, number, 1, reason, model=f"m{number}", summary={"held": reason})
+
+
+def states(bench: Bench, run: str) -> list[str]:
+    return [row.state for row in bench.bench.ledger.rounds(run)]
+
+
+def test_a_held_round_is_rejected_and_the_next_one_follows(bench: Bench) -> None:
+    bench.bench.run("a", rounds=4)
+    bench.does = holding(bench, 1, 3, 4)
     bench.runner.start()
-    assert bench.until("a", "paused").reason == "feddf was held in round 1"
+    bench.until("a", "finished")
+    ledger = bench.bench.ledger
+    assert states(bench, "a") == ["committed", "abandoned", "committed", "abandoned", "abandoned"]
+    assert ledger.round("a", 3).reason == "rejected: reason 3"
+    assert ledger.run("a").model == ledger.round("a", 2).model, "the last good one is the run's"
+    assert [number for _, number, _ in bench.asked] == [0, 1, 2, 3, 4], "none is tried again"
+
+
+def test_a_held_round_is_released_where_the_run_says_so(bench: Bench) -> None:
+    bench.bench.run("a", rounds=2, gate='{ on_hold = "release" }')
+    bench.does = holding(bench, 1)
+    bench.runner.start()
+    bench.until("a", "finished")
+    assert states(bench, "a") == ["committed"] * 3
+    released = bench.bench.ledger.round("a", 1)
+    assert (released.model, released.summary) == ("m1", {"held": "reason 1"})
+
+
+@pytest.mark.parametrize("on_hold", ["reject", "release"])
+def test_three_held_rounds_in_a_row_wait_for_a_person(bench: Bench, on_hold: str) -> None:
+    bench.bench.run("a", rounds=9, gate=f'{{ on_hold = "{on_hold}" }}')
+    bench.does = holding(bench, 1, 3, 4, 5)
+    bench.runner.start()
+    reason = bench.until("a", "paused").reason
+    assert reason == (
+        "waiting for decision (3 rounds in a row were held): round 5 is held, reason 5. "
+        "`farflung release a` or `farflung reject a`"
+    )
+    assert states(bench, "a")[-1] == "held"
+
+
+@pytest.mark.parametrize(("decide", "state"), [(release, "committed"), (reject, "abandoned")])
+def test_a_round_waits_while_other_runs_go_on(
+    bench: Bench, decide: Callable[[Ledger, RoundRow], RoundRow], state: str
+) -> None:
+    ledger = bench.bench.ledger
+    row = bench.bench.run("a", rounds=2, gate='{ on_hold = "wait" }')
+    bench.bench.run("b", rounds=1)
+    bench.does = lambda engine, run, number, abandoning: holding(
+        bench, *([1] if run.id == "a" else [])
+    )(engine, run, number, abandoning)
+    with pytest.raises(Conflict, match="it is queued, and no round of it waits"):
+        for_decision(ledger, row)
+    bench.runner.start()
+    assert bench.until("a", "paused").reason.startswith("waiting for decision: round 1 is held")
+    bench.until("b", "finished")
+
+    decide(ledger, for_decision(ledger, ledger.run("a")))
+    with pytest.raises(Conflict, match="no round of it waits"):
+        for_decision(ledger, ledger.run("a"))
+    ledger.set_run("a", state="queued", expect=("paused",))
+    bench.runner.wake()
+    bench.until("a", "finished")
+    assert states(bench, "a") == ["committed", state, "committed"]
+    assert bench.asked.count(("a", 1, "")) == 1, "neither trains again"
+
+
+@pytest.mark.parametrize(("on_hold", "state"), [("reject", "abandoned"), ("release", "committed")])
+def test_a_daemon_that_ended_between_hold_and_decision(
+    bench: Bench, on_hold: str, state: str
+) -> None:
+    bench.bench.run("a", rounds=2, gate=f'{{ on_hold = "{on_hold}" }}')
+    bench.bench.commit("a", 0)
+    hold(bench, "a", 1)
+    bench.bench.ledger.set_run("a", state="running")
+    bench.runner.start()
+    bench.until("a", "finished")
+    assert states(bench, "a") == ["committed", state, "committed"]
+    assert bench.asked == [("a", 2, "")]
 
 
 # -- stopping ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      which interpreter .venv is made from (3.11 or later)
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
 #   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
+#   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points without
 #   PEERS_ARGS="--sizes 10,100 --readme"   what `make bench-peers` does
 #
 # Where packages come from is pip's own business: its environment variables and configuration
@@ -27,10 +28,13 @@ WORKERS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 ROWS ?=
 SEEDS ?=
+SAMPLE ?= 0
+SEED ?= 0
+MOMENTS ?= 0
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 
-.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers env clean
+.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers kill-anywhere env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -88,6 +92,9 @@ bench-codec: $(READY_TO_RUN) ## what one core encodes and decodes in a second
 
 bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the same beside Flower and NVIDIA FLARE (half an hour)
 	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
+
+kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends: SAMPLE=40 SEED=1 MOMENTS=300
+	$(BIN)/python -m tests.chaos.kill_anywhere --seed $(SEED) --sample $(SAMPLE) --random $(MOMENTS)
 
 env: $(READY_TO_DEVELOP) ## only make .venv
 

@@ -20,6 +20,7 @@ from orchestrator.ledger import Ledger, PlanRow
 from orchestrator.sessions import Session, Sessions
 from orchestrator.views import WorkState
 from protos.errors import NotFound
+from protos.faults import reach
 from protos.v1 import site_pb2
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Exchange:
         if plan_id == self._plan_id:
             self._show(site, "counted")
             self._inbox.put(_Event("counted", site, plan_id))
+            reach("gather.counted")
 
     def failed(self, site: str, plan_id: str, error: str, message: str, how: str) -> None:
         """A plan ended without a contribution."""
@@ -105,6 +107,7 @@ class Exchange:
             state: WorkState = "refused" if how == "refused" else "failed"
             self._show(site, state, error, message)
             self._inbox.put(_Event("failed", site, plan_id, message))
+            reach("gather.failed")
 
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         """Payload bytes moved, seen from the site."""
@@ -163,6 +166,7 @@ class Exchange:
         if sessions is None:
             raise RuntimeError("the exchange was not connected to the sessions")
         now = time.monotonic()
+        reach("gather.begun")
         self._plan_id = rows[0].id if rows else ""  # from here on events are kept
         first = rows[0] if rows else None
         self._shown = first is not None and first.kind in ("train", "init")
@@ -176,10 +180,12 @@ class Exchange:
             if row.answer == "counted":
                 machine = machine.counted(row.site)
                 self._show(row.site, "counted")
+                reach("gather.known")
             elif row.answer:
                 machine = machine.failed(row.site, row.message or row.answer)
             elif (session := sessions.get(row.site)) is not None:
                 self._offer(session, row, base)
+                reach("gather.offered")
             else:
                 machine = machine.gone(row.site, now)
                 self._show(row.site, "gone")
@@ -203,6 +209,7 @@ class Exchange:
             decision = machine.decide(now)
             if decision.kind != "wait" or self._interrupt.is_set():
                 interrupted = decision.kind == "wait"
+                reach("gather.decided")
                 if interrupted:
                     self._interrupt.clear()
                 return Gathered(decision, machine.counted_sites, machine.missing, interrupted)
@@ -212,6 +219,7 @@ class Exchange:
                 )
             except queue.Empty:
                 continue
+            reach("gather.heard")
             machine = self._apply(machine, event)
 
     def _apply(self, machine: Gathering, event: _Event) -> Gathering:
@@ -233,3 +241,4 @@ class Exchange:
             if row.site in sites and self.sessions is not None:
                 message = site_pb2.Cancel(plan_id=row.id, reason=reason)
                 self.sessions.send(row.site, site_pb2.ToSite(cancel=message))
+                reach("gather.cancelled")

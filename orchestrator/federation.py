@@ -385,11 +385,13 @@ class Federation:
     # -- processes -------------------------------------------------------------------------------
 
     def _start(self, name: str, command: Sequence[str]) -> Child:
-        child = Child(
-            name, command, self.root / "log" / f"{name}.log", self._environment, self._ended
-        )
-        self._children[name] = child
+        log, variables = self.root / "log" / f"{name}.log", self._variables(name)
+        self._children[name] = child = Child(name, command, log, variables, self._ended)
         return child
+
+    def _variables(self, name: str) -> dict[str, str]:
+        """The environment of a process: daemon, or a site's agent."""
+        return self._environment
 
     def _ended(self, child: Child) -> None:
         """Wake whoever waits for something that this process won't do any more."""

@@ -38,6 +38,7 @@ from protos.errors import (
     ManifestInvalid,
     Unavailable,
 )
+from protos.faults import reach
 from protos.manifest import Index, Manifest
 from protos.v1 import common_pb2, site_pb2
 
@@ -120,7 +121,9 @@ class Intake:
                     # Not synced: without them a restart finds an unknown folder, and the site sends
                     # again.
                     (folder / INDEX).write_bytes(announced.index.encoded)
+                    reach("spool.index.written")
                     (folder / HEADER).write_bytes(announced.encoded)
+                    reach("spool.header.written")
                 with self._part(folder, announced.index, mark) as file:
                     self._open[contribution] = file
                     yield file
@@ -173,6 +176,7 @@ class Intake:
         ours = os.pread(mark, len(self._name), 0) == self._name
         file = ChunkFile(folder / PAYLOAD, index, self._store.spares, verify=not ours)
         os.pwrite(mark, self._name, 0)
+        reach("spool.marked")
         return file
 
     def receive(self, file: ChunkFile, chunks: Iterator[Chunk], site: str) -> int:
@@ -186,6 +190,7 @@ class Intake:
         for chunk in chunks:
             try:
                 file.write(chunk.number, chunk.data)
+                reach("spool.chunk.written")
             except DataCorrupt as error:
                 raise InvalidInput(
                     f"site {site}: {error.message}; send it again", site=site
@@ -204,11 +209,16 @@ class Intake:
             ContributionRefused: A tensor holds NaN or infinity; names it.
         """
         file.finish()
+        reach("spool.finished")
         with file.path.open("rb", buffering=0) as payload:
             norm = self._examine(announced, payload)
+        reach("spool.examined")
         self._store.adopt(announced.index, file.path)
+        reach("spool.adopted")
         answer = self._count(announced, norm, caller)
+        reach("spool.counted")
         self.forget(announced.header.site, announced.digest)
+        reach("spool.forgotten")
         return answer
 
     def take(self, announced: Announced, data: bytes, caller: Caller) -> common_pb2.Answer:
@@ -229,11 +239,14 @@ class Intake:
         path = self._store.scratch(f"{site}-{announced.digest[:12]}")
         try:
             path.write_bytes(data)
+            reach("message.written")
             with path.open("rb", buffering=0) as payload:
                 norm = self._examine(announced, payload)
             self._store.adopt(index, path)
+            reach("message.adopted")
         finally:
             path.unlink(missing_ok=True)
+            reach("message.removed")
         return self._count(announced, norm, caller)
 
     def _count(self, announced: Announced, norm: float | None, caller: Caller) -> common_pb2.Answer:
@@ -284,6 +297,7 @@ class Intake:
                 wanted = False
             if not wanted:
                 shutil.rmtree(folder, ignore_errors=True)
+                reach("spool.swept")
 
     def _examine(self, announced: Announced, payload: FileIO) -> float | None:
         """The norm of the update, where there is one."""
@@ -317,6 +331,7 @@ class Intake:
         header = payload.with_name(f"{payload.name}.header")
         try:
             header.write_bytes(announced.encoded)
+            reach("spool.decoding")
             return self._check_blocks(announced.row, announced.header, header, payload)
         finally:
             header.unlink(missing_ok=True)

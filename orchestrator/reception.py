@@ -21,6 +21,7 @@ from protos.errors import (
     NotFound,
     RoundClosed,
 )
+from protos.faults import reach
 from protos.v1 import common_pb2, site_pb2
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Reception:
                 settled = _settled(row, announced)
                 if settled is not None:
                     file.discard()
+                    reach("receive.settled")
                     self._intake.forget(site, announced.digest)
                     return settled
                 self._recorder.moved(site, sent=self._intake.receive(file, chunks, site))
@@ -75,6 +77,7 @@ class Reception:
                     raise InvalidInput(
                         f"site {site}: {missing} chunks are missing; send them", site=site
                     )
+                reach("receive.whole")
                 return self._intake.complete(announced, file, caller)
 
         return self._answered(caller, head, received)
@@ -100,6 +103,7 @@ class Reception:
         site, plan_id = caller.identity.name, ""
         try:
             announced = self._intake.announce(caller, head)
+            reach("receive.announced")
             plan_id = announced.header.plan_id
             return received(announced)
         except FarflungError as error:
@@ -110,6 +114,7 @@ class Reception:
     def status(self, caller: Caller, plan_id: str) -> site_pb2.StatusReply:
         """What is missing of the caller's contribution, or its final answer."""
         row = self._ledger.plan(plan_id, caller.identity.name)
+        reach("status.asked")
         if row is not None and row.answer in ("counted", "late", "refused"):
             final = _answer(row.answer, plan_id, row.contribution, row.error, row.message)
             return site_pb2.StatusReply(known=True, answer=final)
@@ -123,6 +128,7 @@ class Reception:
         name = type(error).__name__
         log.warning("contribution refused: %s", error.message, extra={"site": site})
         self._recorder.refuse(plan_id, site, name, error.message)
+        reach("receive.refused")
         return _answer("refused", plan_id, "", name, error.message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from orchestrator.ledger import Acceptance, ContributionRow, Ledger
+from protos.faults import reach
 
 
 class Hearing(Protocol):
@@ -47,8 +48,10 @@ class LedgerRecorder:
     def accept(self, row: ContributionRow) -> Acceptance:
         """See `Recorder.accept`."""
         acceptance = self._ledger.accept(row)
+        reach("record.accepted")
         if acceptance.verdict == "counted":
             self._round.counted(row.site, acceptance.plan_id, row.digest)
+            reach("record.told")
         return acceptance
 
     def refuse(self, plan_id: str, site: str, error: str, message: str) -> None:
@@ -56,6 +59,7 @@ class LedgerRecorder:
         if self._ledger.plan(plan_id, site) is None:
             return
         stands = self._ledger.answer_plan(plan_id, site, "refused", error, message)
+        reach("record.refused")
         if stands.answer == "refused":  # and not counted: another one was there before
             self._round.failed(site, plan_id, error, message, "refused")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from protos.faults import reach
 from protos.v1 import site_pb2
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Session:
     def outgoing(self) -> Iterator[site_pb2.ToSite]:
         """What is to be sent, until `end`."""
         while (message := self._outgoing.get()) is not END:
+            reach("session.saying")
             yield message
 
 
@@ -83,6 +85,7 @@ class Sessions:
         with self._lock:
             old = self._sessions.get(session.site)
             self._sessions[session.site] = session
+            reach("session.attached")
         if old is not None:
             log.warning("site %s attached again; its older stream is ended", session.site)
             old.end()
@@ -94,6 +97,7 @@ class Sessions:
             current = self._sessions.get(session.site) is session
             if current:
                 del self._sessions[session.site]
+                reach("session.detached")
                 self.last_seen[session.site] = time.time()
         if current:
             self._on_gone(session.site)

@@ -28,6 +28,7 @@ from orchestrator.views import WorkState
 from protos.bulk import Chunk, Incoming
 from protos.digest import digest
 from protos.errors import FarflungError, InvalidInput, NotEnrolled, TokenUsed, reference_id
+from protos.faults import reach
 from protos.identity import (
     SITE_LIFE,
     Identity,
@@ -111,6 +112,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
             else:
                 raise NotEnrolled("certificate: an orchestrator does not enrol")
             certificate = issue(self._authority, key, Identity(federation, "site", site), SITE_LIFE)
+            reach("enrol.issued")
             pem, mark = certificate_pem(certificate), fingerprint(certificate)
             expires = certificate.not_valid_after_utc.timestamp()
             if caller.identity.role == "bootstrap":
@@ -123,6 +125,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
                 )
             else:
                 self._ledger.renew(site, caller.fingerprint, mark, pem, expires)
+        reach("enrol.recorded")
         log.info("site %s enrolled", site, extra={"site": site})
         return self._reply(pem, site)
 
@@ -147,6 +150,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
         if first is None or first.WhichOneof("kind") != "hello":
             raise InvalidInput("stream: the first message must be hello")
         hello = first.hello
+        reach("attach.heard")
         if hello.protocol != PROTOCOL:
             raise InvalidInput(
                 f"site {caller.identity.name}: its agent ({hello.version}) speaks protocol "
@@ -167,6 +171,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
                 )
             )
         )
+        reach("attach.welcomed")
         self._sessions.attach(session)
         reader = threading.Thread(
             target=self._read,
@@ -177,6 +182,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
         reader.start()
         for row in self._ledger.open_plans(session.site):
             session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan)))
+        reach("attach.offered")
         context.add_callback(session.end)
         try:
             yield from session.outgoing()
@@ -187,9 +193,12 @@ class ControlService(site_pb2_grpc.ControlServicer):
         try:
             for message in said:
                 session.last_seen = math.inf  # while it is listened to, it is not silent
+                reach("stream.heard")
                 if message.WhichOneof("kind") == "contribution":
                     answer = self._take(caller, message.contribution)
+                    reach("stream.answering")
                     session.send(site_pb2.ToSite(answer=answer))
+                    reach("stream.answered")
                 else:
                     self._hear(session, message)
                 session.last_seen = time.monotonic()
@@ -236,6 +245,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
                 self._ledger.answer_plan(
                     outcome.plan_id, site, "failed", outcome.error[:64], outcome.message[:2000]
                 )
+                reach("outcome.recorded")
                 self._listener.failed(
                     site, outcome.plan_id, outcome.error[:64], outcome.message[:2000], "failed"
                 )
@@ -272,9 +282,11 @@ class BulkService(site_pb2_grpc.BulkServicer):
                 f"site {site}: no open plan of it names the model {request.digest[:12]}", site=site
             )
         index = self._store.index(request.digest)
+        reach("serve.asked")
         manifest = self._store.manifest(index.manifest)
         head = site_pb2.ArtefactHead(index=index.encoded, manifest=manifest.encoded)
         yield site_pb2.FetchReply(head=head)
+        reach("serve.head.sent")
         ranges = [(r.first, r.end) for r in request.missing]
         if not index.chunks:
             return
@@ -282,6 +294,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
         for nbytes, frame in self._fanout.frames(path, index, ranges):
             yield frame
             self._recorder.moved(site, received=nbytes)
+            reach("serve.chunk.sent")
 
     def Contribute(
         self,
@@ -293,6 +306,7 @@ class BulkService(site_pb2_grpc.BulkServicer):
         first = next(request_iterator, None)
         if not isinstance(first, site_pb2.ContributeRequest) or not first.HasField("head"):
             raise InvalidInput("contribution: the first message must be the head")
+        reach("contribute.heard")
         chunks = (m for m in request_iterator if isinstance(m, Chunk))
 
         @contextmanager

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from protos.digest import Bytes, digest, hasher
 from protos.errors import DataCorrupt, ManifestInvalid
+from protos.faults import reach
 from protos.manifest import CHUNK_BYTES, Index
 from protos.spares import Spares
 
@@ -28,8 +29,10 @@ SAVE_CHUNKS = 256
 def sync_folder(path: Path) -> None:
     """Make renames and new names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    reach("folder.opened")
     try:
         os.fsync(fd)
+        reach("folder.synced")
     finally:
         os.close(fd)
 
@@ -43,6 +46,7 @@ def sync_tree(path: Path) -> None:
         fd = os.open(child, os.O_RDONLY)
         try:
             os.fsync(fd)
+            reach("tree.file.synced")
         finally:
             os.close(fd)
     sync_folder(path)
@@ -50,17 +54,22 @@ def sync_tree(path: Path) -> None:
 
 def write_durably(path: Path, data: Bytes, mode: int = 0o644) -> None:
     """Write a small file so that it is either absent, old, or complete: write, fsync, rename."""
+    reach("document.writing")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+        reach("document.written")
         os.fsync(fd)
+        reach("document.synced")
     finally:
         os.close(fd)
     temporary.replace(path)
+    reach("document.renamed")
     sync_folder(path.parent)
+    reach("document.named")
 
 
 class IndexWriter:
@@ -76,6 +85,7 @@ class IndexWriter:
         if path.exists():
             raise FileExistsError(f"{path} is there already")
         reused = spares is not None and spares.take(path, nbytes)
+        reach("artefact.begun")
         raw = path.open("r+b" if reused else "xb", buffering=0)
         self._file = io.BufferedWriter(raw, SMALL_BYTES)
         self._hasher, self._filled = hasher(), 0
@@ -96,6 +106,7 @@ class IndexWriter:
                 self._end_chunk()
 
     def _end_chunk(self) -> None:
+        reach("artefact.chunk.written")
         self._chunks.append(self._hasher.hexdigest())
         self._hasher, self._filled = hasher(), 0
 
@@ -104,6 +115,7 @@ class IndexWriter:
         if self._filled:
             self._end_chunk()
         self._file.flush()
+        reach("artefact.flushed")
         os.ftruncate(self._file.fileno(), self.nbytes)
         self._file.close()
         return Index(manifest_digest, self.nbytes, tuple(self._chunks))
@@ -146,10 +158,12 @@ class ChunkFile:
         whole = not found and path.exists()
         if whole:
             path.rename(self._part)
+            reach("part.taken_up")
         elif not found:
             if self._record.exists():
                 # It must never vouch for the file that is made now.
                 self._record.unlink()
+                reach("part.old_record.removed")
                 sync_folder(path.parent)
             if spares is not None:
                 spares.take(self._part, index.nbytes)
@@ -157,6 +171,7 @@ class ChunkFile:
         size = os.fstat(self._fd).st_size
         if size != index.nbytes:
             os.ftruncate(self._fd, index.nbytes)
+            reach("part.made")
         self._have = (_recorded(path, index) if found else None) or bytearray(len(index.chunks))
         self._unsaved = 0
         if whole and size == index.nbytes:
@@ -214,6 +229,7 @@ class ChunkFile:
         while view:
             written = os.pwrite(self._fd, view, start)
             view, start = view[written:], start + written
+        reach("part.chunk.written")
         if not self._have[number]:
             self._have[number] = 1
             self.received_bytes += size
@@ -224,7 +240,9 @@ class ChunkFile:
     def save(self) -> None:
         """Make everything received so far durable, the bytes before the record of them."""
         os.fdatasync(self._fd)
+        reach("part.synced")
         write_durably(self._record, self.index.digest.encode() + bytes(self._have), 0o600)
+        reach("part.recorded")
         self._unsaved = 0
 
     def finish(self) -> None:
@@ -237,10 +255,13 @@ class ChunkFile:
             raise DataCorrupt(f"{self.path.name}: chunks {self.missing()[:3]} are missing")
         if self._durable:
             os.fdatasync(self._fd)
+            reach("part.whole.synced")
         os.close(self._fd)
         self._fd = -1
         self._part.rename(self.path)
+        reach("part.renamed")
         self._record.unlink(missing_ok=True)
+        reach("part.forgotten")
 
     def close(self) -> None:
         """Sync and close; what is here stays for the next time."""
@@ -257,6 +278,7 @@ class ChunkFile:
             self._fd = -1
         self._record.unlink(missing_ok=True)
         self._part.unlink(missing_ok=True)
+        reach("part.discarded")
 
     def __enter__(self) -> ChunkFile:
         """For ``with``."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from protos.faults import reach
+
 LEAST_BYTES = 1 << 20
 """A smaller file costs less than to look for a spare."""
 
@@ -34,8 +36,10 @@ class Spares:
         try:
             if path.stat().st_size < LEAST_BYTES or len(self._found()) >= self._most:
                 path.unlink()
+                reach("spare.refused")
             else:
                 path.rename(self.folder / f"{os.getpid()}-{os.urandom(8).hex()}")
+                reach("spare.given")
         except FileNotFoundError:
             return
 
@@ -48,6 +52,7 @@ class Spares:
         for _, spare in [*fitting, *reversed(found)]:
             try:
                 spare.rename(path)
+                reach("spare.taken")
                 return True
             except FileNotFoundError:  # another process took it
                 continue

@@ -141,6 +141,10 @@ class TrainerSection(Section):
         threads: Threads of torch; None leaves it to torch.
         loader_workers: Processes that load data sets which aren't plain tensors.
         environment: Names of further environment variables that it may see.
+        checkpoint: When training is saved half-way, so that a trainer or agent that is killed goes
+            on there: "epoch" (at the end of every epoch of a second or more), a number (after so many
+            seconds, also in the middle of an epoch), or "never". One file, as large as the model
+            with its optimizer and the strategies' states, and a second one while it is written.
     """
 
     command: tuple[str, ...] = ()
@@ -150,6 +154,7 @@ class TrainerSection(Section):
     threads: int | None = Field(None, ge=1, le=4096)
     loader_workers: int = Field(0, ge=0, le=256)
     environment: tuple[str, ...] = ()
+    checkpoint: Literal["epoch", "never"] | Positive = "epoch"
 
 
 class WindowSection(Section):
@@ -330,6 +335,7 @@ TEMPLATE = """\
 # keep_warm = true           # false gives the GPU back after each round
 # threads = 4
 # environment = ["MY_DATA_ROOT"]              # further variables that the task may see
+# checkpoint = "epoch"       # when training is saved half-way; or seconds (600), or "never"
 
 [network]
 # address = "orchestrator.example:8470"       # where the join token's address is not reachable

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from protos.errors import HomeLocked, NotFound
+from protos.faults import reach
 from protos.spares import Spares
 
 DEFAULT_HOME = Path("~/.farflung-site")
@@ -56,6 +57,11 @@ class Home:
     def work(self) -> Path:
         """Contributions in the making; emptied at every start."""
         return self.root / "work"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Training of the plan in work, saved half-way; gone when its contribution is finished."""
+        return self.root / "checkpoint.safetensors"
 
     def spares(self) -> Spares:
         """Files to write over: the payload that was sent, the base that is not needed any more."""
@@ -141,6 +147,7 @@ class HomeLock:
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
+        reach("home.locked")
 
     def release(self) -> None:
         """Let others in."""

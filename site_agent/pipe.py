@@ -55,6 +55,8 @@ class Perform(Line):
         state: Folder that holds the site's state to start from; empty for none.
         out: A folder that must not exist; at the end it holds payload and next state.
         spares: Folder of files that may be written over.
+        checkpoint: File in which training is saved half-way; empty for nowhere.
+        checkpoint_s: Seconds between two saves; None for every end of an epoch.
     """
 
     op: Literal["perform"] = "perform"
@@ -64,6 +66,8 @@ class Perform(Line):
     state: str = ""
     out: str
     spares: str = ""
+    checkpoint: str = ""
+    checkpoint_s: float | None = None
 
 
 class CancelJob(Line):

@@ -105,7 +105,8 @@ class Step:
         base_model_factory: Gives a frozen model that holds the base, on the model's device.
         scratch: Objects that live as long as the round at this site (further optimizers, caches
             of logits): one dictionary for all steps of the round. Keys start with the strategy's
-            name. Lost when the trainer dies: what must survive belongs in the state.
+            name. Lost when the trainer dies, and training then goes on in mid-round: what can't be
+            made again at any step belongs in the state.
     """
 
     plan: Plan

@@ -47,9 +47,11 @@ def serve(home: Home = None, as_json: Json = False) -> None:
 
     from orchestrator import views
     from orchestrator.daemon import serve as run_daemon
+    from protos import faults
     from protos.allocator import use_few_arenas
     from protos.distribution import check_distribution
 
+    faults.enter("daemon")
     use_few_arenas()
     check_distribution()
 

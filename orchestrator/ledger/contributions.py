@@ -22,6 +22,7 @@ from orchestrator.ledger.plans import (
 from orchestrator.ledger.rows import Acceptance, ContributionRow, PlanKind, PlanRow
 from orchestrator.ledger.runs import find
 from protos.errors import NotFound
+from protos.faults import reach
 
 CONTRIBUTIONS, PLANS, ROUNDS = tables.contributions, tables.plans, tables.rounds
 
@@ -89,6 +90,7 @@ class Contributions(Plans):
                     document = {"contribution": done.digest, "plan": plan.id}
                     chain.append(db, run, "carried", now, document)
                     carried.append(done)
+                    reach("carry.counted")
         return sorted(carried, key=lambda row: row.site)
 
     def contributions(
@@ -182,12 +184,16 @@ def _accept(db: sa.Connection, row: ContributionRow, now: float) -> Acceptance:
             return _refused(plan, f"plan {plan.id} has its answer: {plan.answer}")
         _insert(db, plan, row, "late")
         set_answer(db, plan, "late", now)
+        reach("accept.late")
         return Acceptance("late", plan.id, _late(plan.id))
     if target.answer in ("counted", "refused", "late"):
         return _refused(target, f"plan {target.id} has its answer: {target.answer}")
     _insert(db, plan, row, "counted")
+    reach("accept.inserted")
     set_answer(db, target, "counted", now, contribution=row.digest)
+    reach("accept.answered")
     chain.append(db, plan.run, "accepted", now, {"contribution": row.digest, "plan": target.id})
+    reach("accept.chained")
     return Acceptance("counted", target.id)
 
 

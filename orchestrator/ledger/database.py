@@ -17,6 +17,7 @@ from sqlalchemy import exc
 
 from orchestrator.ledger import tables
 from protos.errors import ConfigInvalid, Conflict, DataCorrupt, OutOfSpace, Unavailable
+from protos.faults import reach
 
 HEAD = "0001"
 """The newest migration. A ledger that has it is opened without loading alembic (0.3 s)."""
@@ -103,7 +104,10 @@ class Database:
     def _writing(self) -> Iterator[sa.Connection]:
         """One transaction that may write: all of it is durable afterwards, or none of it."""
         with self._writer, self._translated(), self._engine.begin() as db:
+            reach("ledger.begun")
             yield db
+            reach("ledger.written")
+        reach("ledger.committed")
 
     def _written(self, work: Callable[[sa.Connection], T]) -> T:
         """Do some work and make it durable, in one transaction with what others wait to do.

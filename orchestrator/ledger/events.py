@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 
 from orchestrator.views import Event
+from protos.faults import reach
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class EventLog:
                 [(event.number, event.run, event.model_dump_json()) for event in batch],
             )
             self._db.executemany("INSERT OR REPLACE INTO marks VALUES (?, ?)", list(marks.items()))
+            reach("events.written")
             self._since_trim += len(batch)
             if self._since_trim > self._keep // 20:
                 self._since_trim = 0

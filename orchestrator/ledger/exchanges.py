@@ -17,6 +17,7 @@ from orchestrator.ledger.plans import (
 )
 from orchestrator.ledger.rows import PlanKind, PlanRow
 from protos.errors import Conflict, InvalidInput
+from protos.faults import reach
 
 EXCHANGES, ROUNDS = tables.exchanges, tables.rounds
 
@@ -66,6 +67,7 @@ class Exchanges(Database):
                 "plans": plan_digests(plans),
             }
             chain.append(db, run, "opened", self._clock(), document)
+            reach("exchange.opened")
 
     def close_exchange(self, run: str, round: int, attempt: int, kind: PlanKind) -> None:
         """Close an exchange: answers to its plans are late from now on. Twice is as once."""
@@ -100,9 +102,11 @@ def begin(
             key = {"run": run, "round": round, "attempt": attempt, "kind": kind}
             db.execute(_INSERT, {**key, "opened": now})
             put_new_plans(db, plans)
+            reach("exchange.begun")
             return
     for plan in plans:
         put_plan(db, plan, replace=True)
+    reach("exchange.begun.again")
 
 
 def end(
@@ -119,6 +123,7 @@ def end(
         db.execute(_END_ALL, key)
     else:
         db.execute(_END, {**key, "the_kind": kind})
+    reach("exchange.ended")
 
 
 def _belong(plans: Sequence[PlanRow], run: str, round: int, attempt: int, kind: PlanKind) -> None:

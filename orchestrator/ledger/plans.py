@@ -12,6 +12,7 @@ from orchestrator.ledger.database import Database, plain
 from orchestrator.ledger.rows import Answer, PlanKind, PlanRow
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
+from protos.faults import reach
 
 PLANS, EXCHANGES, ROUNDS = tables.plans, tables.exchanges, tables.rounds
 
@@ -88,6 +89,7 @@ class Plans(Database):
                 raise no_plan(plan_id, site)
             if not plan.answer:
                 set_answer(db, plan, answer, self._clock(), error=error, message=message)
+                reach("answer.set")
             return find_plan(db, plan_id, site) or plan
 
 
@@ -180,6 +182,7 @@ def put_new_plans(db: sa.Connection, plans: Sequence[PlanRow]) -> None:
     if plans:
         rows = [{n: getattr(p, n) for n in (*PARTS, "site")} | _unanswered(p) for p in plans]
         db.execute(sa.insert(PLANS), rows)
+        reach("plans.inserted")
 
 
 def _unanswered(plan: PlanRow) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from orchestrator.rounds.tolerance import judge, judged, too_many_to_blame, too_
 from orchestrator.small import small_model
 from orchestrator.views import Plugin
 from protos.contribution import Header
+from protos.faults import reach
 
 HOOKS = frozenset({"calibrate", "rate"})
 """Of a strategy that has something to say about the sites' sums."""
@@ -122,6 +123,7 @@ def _assessed(
         return Assessment(missing=gathered.missing)
     start = time.monotonic()
     found = _evaluate(engine, planned, kind, True)
+    reach("assess.scored")
     return Assessment(
         True,
         found["scores"],
@@ -146,6 +148,7 @@ def _calibrated(
     if gathered.decision.kind != "close":
         return assessed
     second = _evaluate(engine, planned, "reassess", False)
+    reach("assess.rated")
     return replace(
         assessed,
         scores={**assessed.scores, **second["scores"]},
@@ -181,11 +184,14 @@ def _exchange(
         engine, planned, row.draft["cohort"], kind, candidate.model.shared, calibration
     )
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
+    reach("assess.opened")
     base = small_model(engine.store, candidate.model.shared)
     gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s, base)
     if gathered.interrupted:
         return gathered  # it stays open: what comes meanwhile counts when it is gone on with
+    reach("assess.gathered")
     engine.ledger.close_exchange(row.run, row.round, row.attempt, kind)
+    reach("assess.closed")
     engine.exchange.cancel(rows, list(gathered.missing), "the assessment was closed")
     return gathered
 

@@ -10,6 +10,7 @@ from orchestrator.ledger import RoundRow
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned
 from orchestrator.rounds.gather import Closed
 from orchestrator.views import Plugin
+from protos.faults import reach
 from protos.plan import Schedule
 
 
@@ -19,6 +20,7 @@ def commit(
     """Commit a closed round: model, outer state, memos, scores, maps, closed set."""
     row = planned.row
     document = summary(engine, planned, closed, candidate, assessed)
+    reach("round.committing")
     return engine.ledger.commit_round(
         row.run,
         row.round,

@@ -29,6 +29,7 @@ from protos.chunks import write_durably
 from protos.contribution import Header
 from protos.digest import canonical
 from protos.errors import ConfigInvalid, FarflungError, by_name
+from protos.faults import reach
 from protos.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Engine:
     ) -> list[dict[str, Any]]:
         """The same for many items, in parallel; gives the results in their order."""
         try:
+            reach("compute.asking")
             return self.compute.map(function, items, seconds)
         except FunctionFailed as error:
             raise _said(error) from error
@@ -95,6 +97,7 @@ class Engine:
         """
         limits = Limits(self.config.plugins.seconds, self.config.plugins.memory_bytes, threads)
         try:
+            reach("compute.isolating")
             return self.compute.isolated(function, args, limits)
         except PluginRaised as error:
             raise _said(error) from error
@@ -115,10 +118,12 @@ class Engine:
         """A folder for one step's files, gone afterwards."""
         folder = self.home.work / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
+        reach("scratch.made")
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            reach("scratch.removed")
 
     def task(self, config: RunConfig) -> dict[str, Any]:
         """The run's task as the arithmetic wants it, from this orchestrator's own configuration.
@@ -173,6 +178,7 @@ class Engine:
         for place, part in parts.items():
             manifest = Manifest.decode(part["manifest"].encode())
             self.store.put_manifest(manifest)
+            reach("parts.manifest.put")
             digests[place] = self.store.put_file(Path(part["path"]), manifest.digest).digest
         return Model(digests["shared"], digests.get("frozen", ""), digests.get("orchestrator", ""))
 

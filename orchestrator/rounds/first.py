@@ -15,6 +15,7 @@ from orchestrator.rounds.plan import plan_row
 from orchestrator.run_config import RunConfig
 from protos.contribution import Header
 from protos.errors import ContributionRefused, InvalidInput, NotFound
+from protos.faults import reach
 from protos.manifest import Manifest
 from protos.plan import Plan, Schedule, Work
 
@@ -39,8 +40,10 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
         number = attempts[-1].attempt + 1 if attempts else 1
         row = RoundRow(run=run.id, round=0, attempt=number, started=time.time())
         engine.ledger.plan_round(row)
+        reach("first.planned")
     if row.state == "planned":
         engine.ledger.close_round(run.id, 0, row.attempt, (), "no exchange is needed")
+        reach("first.closed")
     if run.parent is not None:
         parent = engine.ledger.round(*run.parent)
         own = {"files": parent.summary.get("files", {})}
@@ -62,7 +65,9 @@ def first(engine: Engine, run: RunRow, abandoning: str = "") -> Outcome:
             parts = engine.isolated("first_model", {**args, "task": engine.task(config)})
         else:
             parts = engine.isolated("from_safetensors", args)
+        reach("first.made")
         model = engine.adopt_parts(parts)
+        reach("first.adopted")
     return _commit(engine, run, row.attempt, model, start)
 
 

@@ -9,6 +9,7 @@ from orchestrator.exchange import Gathered
 from orchestrator.ledger import ContributionRow, PlanRow
 from orchestrator.rounds.engine import Engine, Planned
 from orchestrator.small import small_model
+from protos.faults import reach
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
     if gathered.interrupted or gathered.decision.kind != "close":
         return gathered
     reason = gathered.decision.reason
+    reach("round.closing")
     ledger.close_round(row.run, row.round, row.attempt, None, reason)
+    reach("round.closed")
     engine.exchange.cancel(plans, list(gathered.missing), "the round was closed")
     return closed_set(engine, planned, plans, reason, gathered.missing)
 

@@ -13,6 +13,7 @@ from orchestrator.rounds.gather import Closed
 from orchestrator.rounds.passes import passes
 from protos.contribution import Header
 from protos.digest import digest
+from protos.faults import reach
 from protos.manifest import CHUNK_BYTES, Index, Manifest
 
 RUNS_PER_WORKER = 4
@@ -30,6 +31,7 @@ def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
     rows = closed.contributions
     with engine.scratch(f"reduce-{planned.name}") as folder:
         job = job_of(engine, planned, rows, folder)
+        reach("reduce.begun")
         reads = shared.nbytes * (len(rows) + 1)
         if reads <= RUN_BYTES:
             spans = runs(shared, 1)
@@ -37,13 +39,17 @@ def reduce(engine: Engine, planned: Planned, closed: Closed) -> Candidate:
         else:
             spans = runs(shared, min(engine.workers * RUNS_PER_WORKER, reads // RUN_BYTES))
             done = passes(job, spans, engine.run)
+        reach("reduce.done")
         model = _adopt(engine, Path(job["out"]), shared, done["chunks"])
+        reach("reduce.adopted")
         outer_state = ""
         if done["state_manifest"]:
             manifest = Manifest.decode(done["state_manifest"].encode())
             store.put_manifest(manifest)
             outer_state = _adopt(engine, Path(job["state"]["out"]), manifest, done["state_chunks"])
+            reach("reduce.state.adopted")
         merged = _merged(engine, done["payloads"], Path(job["pool"]["out"]))
+        reach("reduce.merged")
     weight = {site: sum(w) / len(w) for site, w in done["weights"].items()}
     for site, value in weight.items():
         engine.board.note(site, weight=value)

@@ -13,6 +13,7 @@ from orchestrator.rounds.engine import Candidate, Engine, Planned, payload_specs
 from orchestrator.rounds.gather import Closed
 from orchestrator.views import Plugin
 from protos.errors import FarflungError
+from protos.faults import reach
 
 
 def refine(engine: Engine, planned: Planned, closed: Closed, candidate: Candidate) -> Candidate:
@@ -67,6 +68,7 @@ def _one(
             name: {**spec, "path": _object(engine, spec["object"], folder)}
             for name, spec in candidate.payloads.items()
         }
+        reach("refine.begun")
         value = engine.isolated(
             "refine",
             {
@@ -99,8 +101,11 @@ def _one(
             },
             threads,
         )
+        reach("refine.done")
         model = engine.adopt_parts(value["parts"])
+        reach("refine.adopted")
         new = {key: _stored(engine, Path(path)) for key, path in value["files"].items()}
+        reach("refine.files.stored")
     files = {**candidate.files, **new}
     plugin = Plugin(
         name=name,

@@ -9,6 +9,7 @@ from pathlib import Path
 from orchestrator.store.blobs import Blob, Look
 from protos.chunks import sync_folder, write_durably
 from protos.digest import Bytes
+from protos.faults import reach
 from protos.spares import Spares
 
 
@@ -40,7 +41,9 @@ class Folder:
         """See `Blobs.put_file`. The file must be on the same file system."""
         with file.open("rb") as opened:
             os.fdatasync(opened.fileno())  # costs nothing if it was synced before, as it should be
+            reach("blob.synced")
         file.rename(self._made(key))  # `put` syncs the folder
+        reach("blob.renamed")
 
     def find(self, key: str) -> Blob | None:
         """See `Blobs.find`."""
@@ -66,9 +69,11 @@ class Folder:
             path = self._root / key
             if path.exists():
                 path.unlink()
+                reach("blob.unlinked")
                 changed[path.parent] = None
         for folder in changed:
             sync_folder(folder)
+            reach("blob.removed")
 
     def recycle(self, key: str, spares: Spares) -> None:
         """See `Blobs.recycle`."""
@@ -112,5 +117,6 @@ class Folder:
         path = self._root / key
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
+            reach("blob.folder.made")
             sync_folder(path.parent.parent)
         return path

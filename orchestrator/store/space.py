@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protos.errors import OutOfSpace
+from protos.faults import reach
 
 
 class Reservation:
@@ -63,8 +65,26 @@ class Space:
                 )
             reservation = Reservation(nbytes)
             self._open.add(reservation)
+            reach("room.reserved")
         try:
             yield reservation
         finally:
             with self._lock:
                 self._open.discard(reservation)
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Turns a full disk into an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OutOfSpace(
+            f"{folder}: the disk is full ({free} bytes are free). Make room (`farflung gc`), or move"
+            " the store to a larger disk.",
+            free=free,
+            folder=str(folder),
+        ) from error

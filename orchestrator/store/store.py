@@ -18,25 +18,25 @@ Only the daemon and its gateways change the store; reducers read.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.store.blobs import Blobs
 from orchestrator.store.collection import collect
 from orchestrator.store.folder import Folder
-from orchestrator.store.space import Reservation, Space
+from orchestrator.store.space import Reservation, Space, room
 from orchestrator.store.tombstones import Tombstones
 from orchestrator.turns import FileLock
 from orchestrator.views import Collected
 from protos.digest import Bytes, is_digest
 from protos.digest import digest as digest_of
-from protos.errors import DataCorrupt, InvalidInput, NotFound, OutOfSpace
+from protos.errors import DataCorrupt, InvalidInput, NotFound
+from protos.faults import reach
 from protos.manifest import CHUNK_BYTES, Index, Manifest
 from protos.spares import Spares
 
@@ -103,20 +103,24 @@ class Store:
                 artefact=index.digest,
             )
         name = index.digest
-        with self._lock, _room(self.root):
+        with self._lock, room(self.root):
+            reach("adopt.begun")
             if name in self:
                 # collect() must see that it is wanted again
                 self.blobs.put(_index_key(name), index.encoded)
+                reach("adopt.renewed")
                 if data.absolute() != self.root / _data_key(name):
                     data.unlink()
                 return name
-        with _room(self.root):
+        with room(self.root):
             self.blobs.put_file(_data_key(name), data)  # may take long: nobody waits for it
-        with self._lock, _room(self.root):
+            reach("adopt.moved")
+        with self._lock, room(self.root):
             found = self.blobs.find(_data_key(name))
             if found is None or found.nbytes != size:
                 raise NotFound(f"artefact {name[:12]} was erased while it came", digest=name)
             self.blobs.put(_index_key(name), index.encoded)
+            reach("adopt.indexed")
             self._tombstones.lift(name)
         return name
 
@@ -235,6 +239,7 @@ class Store:
                 else:
                     path.unlink()
             freed += self.blobs.clean()
+            reach("store.cleaned")
             erased = self._tombstones.digests()
             if erased:  # perhaps one that was cut off
                 prefixes = ("artefacts", "manifests", "objects")
@@ -280,9 +285,12 @@ class Store:
                 digest for digest in digests if digest in self and self._since(digest) < before
             ]
             self.blobs.remove([_index_key(digest) for digest in going])  # no artefacts from here on
+            reach("retire.unnamed")
             for digest in going:
                 self.blobs.recycle(_data_key(digest), self.spares)
+                reach("retire.recycled")
             self.blobs.remove([_data_key(digest) for digest in going])
+            reach("retire.removed")
 
     def _since(self, digest: str) -> float:
         index = self.blobs.find(_index_key(digest))
@@ -304,8 +312,9 @@ class Store:
     # ---------------------------------------------------------------------------- underneath
 
     def _put(self, key: str, digest: str, data: Bytes) -> None:
-        with self._lock, _room(self.root):
+        with self._lock, room(self.root):
             self.blobs.put(key, data)
+            reach("store.put")
             self._tombstones.lift(digest)
 
     def _get(self, key: str, digest: str, what: str) -> bytes:
@@ -378,20 +387,3 @@ def _size(path: Path) -> int:
     if path.is_dir() and not path.is_symlink():
         return sum(_size(child) for child in path.iterdir())
     return path.lstat().st_size
-
-
-@contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    """Turns a full disk into an error of ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OutOfSpace(
-            f"{folder}: the disk is full ({free} bytes are free). Make room (`farflung gc`), or move"
-            " the store to a larger disk.",
-            free=free,
-            folder=str(folder),
-        ) from error

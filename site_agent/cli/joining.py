@@ -28,6 +28,7 @@ def join(
 
     A token works once. The key never leaves this folder.
     """
+    from protos import faults
     from protos.chunks import write_durably
     from protos.errors import InvalidInput
     from protos.identity import JoinToken
@@ -35,6 +36,7 @@ def join(
     from site_agent.home import Home, HomeLock
     from site_agent.link import enrolment
 
+    faults.enter("link")
     place = Home.at(home)
     if token == "-":
         token = sys.stdin.read()

@@ -15,12 +15,14 @@ def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
     It takes up a changed site.toml by itself, on SIGHUP at once.
     """
+    from protos import faults
     from protos.allocator import use_few_arenas
     from protos.distribution import check_distribution
     from site_agent.config import SiteConfig
     from site_agent.home import Home, HomeLock
     from site_agent.link.agent import Agent
 
+    faults.enter("link")
     use_few_arenas()
     check_distribution()
     place = Home.at(home)

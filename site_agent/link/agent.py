@@ -10,6 +10,7 @@ from typing import Any
 
 from protos.contribution import Header
 from protos.errors import FarflungError, InvalidInput, PolicyRefused
+from protos.faults import reach
 from protos.manifest import Index
 from protos.plan import Plan
 from protos.v1 import site_pb2
@@ -219,10 +220,12 @@ class Agent:
         if known is not None:
             self._stream.outcome(known)
             return
+        reach("plan.heard")
         assignment = Assignment(plan)
         finished = self._outbox.of_work(plan.work_digest)
         if finished is not None:
             self._journal.info("this work is finished already", plan=plan.id)
+            reach("plan.known")
             if plan.id not in finished.plans:
                 finished.plans.append(plan.id)
             self._plans.add(assignment)
@@ -242,6 +245,8 @@ class Agent:
         self.moved(assignment, told(plan.id, site_pb2.Progress.WAITING))
         if base is not None and base.HasField("head"):
             self._fetcher.came(plan.base, base)
+            reach("plan.based")
+        reach("plan.accepted")
         self._worker.submit(assignment)
 
     def _cancelled(self, plan_id: str, reason: str) -> None:
@@ -250,6 +255,7 @@ class Agent:
             return
         self._journal.info("plan cancelled", plan=plan_id, reason=reason)
         assignment.cancelled = True
+        reach("plan.cancelled")
         self.closed(plan_id)
         self._worker.cancel(plan_id)
 
@@ -289,6 +295,7 @@ class Agent:
         plan_id = assignment.plan.id
         outcome = site_pb2.Outcome(plan_id=plan_id, error=error, message=text)
         self._plans.fail(plan_id, outcome)
+        reach("plan.failed")
         self._disclosure.sent("outcome", plan=plan_id, error=error, message=text)
         self._stream.outcome(outcome)
 
@@ -355,16 +362,7 @@ class Agent:
             "trainer_pid": self._worker.trainer_pid,
             "device": self._device(),
             "tasks": sorted(self._sources),
-            "plans": [
-                {
-                    "plan": a.plan.id,
-                    "state": a.state_name,
-                    "done": a.done,
-                    "planned": a.planned,
-                    "unit": a.unit,
-                }
-                for a in self._plans.all()
-            ],
+            "plans": [assignment.facts() for assignment in self._plans.all()],
             "waiting": [
                 {"contribution": e.digest, "plan": e.header.plan_id, "nbytes": e.index.nbytes}
                 for e in self._outbox.waiting()
@@ -395,5 +393,6 @@ class Agent:
             if assignment.plan.run == run:
                 self._cancelled(assignment.plan.id, "this site leaves the run")
         removed = self._outbox.forget_run(run)
+        self._home.checkpoint.unlink(missing_ok=True)
         self._journal.info("left a run", run=run, removed=removed)
         return {"run": run, "removed": removed, "told": self._stream.attached}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import FarflungError, InvalidInput
+from protos.faults import reach
 from site_agent.link.journal import Journal
 
 MAX_REQUEST_BYTES = 64 << 10
@@ -40,6 +41,7 @@ class Doorbell:
             os.close(folder)
         path.chmod(0o600)
         self._socket.listen(8)
+        reach("doorbell.bound")
 
     def run(self) -> None:
         """Answer until closed."""

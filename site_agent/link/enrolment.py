@@ -9,6 +9,7 @@ import grpc
 from protos.chunks import write_durably
 from protos.digest import digest
 from protos.errors import DataCorrupt, FarflungError, Unavailable
+from protos.faults import reach
 from protos.identity import (
     JoinToken,
     Key,
@@ -43,7 +44,9 @@ def join(token: JoinToken, folder: Path, address: str = "", server_name: str = "
         Unavailable: The orchestrator can't be reached.
     """
     pending = folder.with_name(f".{folder.name}.{digest(token.certificate)[:16]}.pem")
+    reach("join.begun")
     key = _pending_key(pending)
+    reach("join.key.kept")
     channel = dial(
         address or token.address, token.key, token.certificate, token.authority, server_name
     )
@@ -59,7 +62,9 @@ def join(token: JoinToken, folder: Path, address: str = "", server_name: str = "
     keys = Keys(folder, key, reply.certificate, reply.authority, token.address)
     _check(keys)
     store(keys)
+    reach("join.stored")
     pending.unlink(missing_ok=True)
+    reach("join.done")
     return keys
 
 

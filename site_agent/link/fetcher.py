@@ -15,6 +15,7 @@ from protos.bulk import BulkStub, Chunk
 from protos.chunks import ChunkFile
 from protos.digest import digest as digest_of
 from protos.errors import DataCorrupt, FarflungError, OutOfSpace, Unavailable
+from protos.faults import reach
 from protos.manifest import Index, Manifest
 from protos.rpc import from_rpc_error
 from protos.spares import Spares
@@ -178,6 +179,7 @@ class Fetcher:
             if digest_of(model.data[start:stop]) != chunk:
                 raise DataCorrupt(f"model {digest[:12]}: chunk {number} is not the announced one")
         path.write_bytes(model.data)
+        reach("fetch.unpacked")
         self.received_bytes += len(model.data)
         with self._lock:
             self._whole[digest] = index
@@ -231,6 +233,7 @@ class Fetcher:
         )
         try:
             self.busy = True
+            reach("fetch.asking")
             replies = self._stub().FetchModel(request)
             for reply in replies:
                 if not want.wanted() or self._stop.is_set():
@@ -240,11 +243,14 @@ class Fetcher:
                     if file is None:
                         raise DataCorrupt(f"model {want.digest[:12]}: a chunk came before the head")
                     file.write(reply.number, reply.data)
+                    reach("fetch.chunk.written")
                     self.received_bytes += len(reply.data)
                     want.progress(file.received_bytes, file.index.nbytes)
                 elif file is None:
+                    reach("fetch.head.heard")
                     index = self._announced(want.digest, reply.head)
                     path.with_suffix(".index").write_bytes(index.encoded)
+                    reach("fetch.index.written")
                     file = self._part(path, index)
             if file is None:
                 raise DataCorrupt(f"model {want.digest[:12]}: the orchestrator sent no head")
@@ -275,6 +281,7 @@ class Fetcher:
             manifest = Manifest.decode(head.manifest)
             # Not synced: whoever reads it looks at its digest, and what is torn is fetched again.
             self._manifest(manifest.digest).write_bytes(manifest.encoded)
+            reach("fetch.manifest.written")
             self._manifests[manifest.digest] = manifest.nbytes
         if self._manifests.get(index.manifest) != index.nbytes:
             raise DataCorrupt(f"model {digest[:12]}: its manifest is not the one of its index")
@@ -329,7 +336,9 @@ class Fetcher:
             self._whole.pop(old, None)
             path = self.path(old)
             path.with_suffix(".index").unlink(missing_ok=True)
+            reach("fetch.unnamed")
             self._spares.give(path)
+            reach("fetch.pruned")
 
 
 def why_not(error: FarflungError | OSError) -> FarflungError:

@@ -12,6 +12,8 @@ from protos.errors import OutOfSpace
 from protos.plan import Plan
 from protos.spares import Spares
 from protos.v1 import site_pb2
+from site_agent import pipe
+from site_agent.home import Home
 from site_agent.link.outbox import Entry
 from site_agent.link.plans import Assignment
 
@@ -61,6 +63,42 @@ class Job:
     def plan(self) -> Plan:
         """The plan."""
         return self.assignment.plan
+
+    def order(self, state: Path | None, home: Home, save: str | float) -> pipe.Perform:
+        """What the trainer is told once everything for the work is there.
+
+        Args:
+            state: Folder of the state to start from.
+            home: The site's.
+            save: ``trainer.checkpoint``.
+        """
+        base = self.files.get(self.plan.base)
+        return pipe.Perform(
+            job=self.number,
+            base=str(base) if base else "",
+            frozen=str(self.files[self.plan.frozen]) if self.need_frozen else "",
+            state=str(state) if state else "",
+            out=str(self.folder),
+            spares=str(home.spares().folder),
+            checkpoint="" if save == "never" else str(home.checkpoint),
+            checkpoint_s=save if isinstance(save, float) else None,
+        )
+
+    def progress(self, line: pipe.Progress, loss: float) -> site_pb2.Progress:
+        """What the trainer said of how far it is, for the orchestrator, and the phase from now on."""
+        self.phase = "encoding the update" if line.state == "ENCODING" else "training"
+        if line.unit:
+            self.phase += f" ({line.done:.4g} of {line.planned:.4g} {line.unit} done)"
+        return site_pb2.Progress(
+            plan_id=self.plan.id,
+            state=site_pb2.Progress.State.Value(line.state),
+            done=line.done,
+            planned=line.planned,
+            unit=line.unit,
+            loss=loss,
+            learning_rate=line.learning_rate,
+            examples_per_s=line.examples_per_s,
+        )
 
 
 def reserve(job: Job, spares: Spares) -> None:

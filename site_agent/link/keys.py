@@ -13,6 +13,7 @@ from cryptography import x509
 
 from protos.chunks import sync_folder, write_durably
 from protos.errors import InvalidInput, NotFound
+from protos.faults import reach
 from protos.identity import Key, identity_of, key_pem, load_certificate, load_key
 
 RENEW_AFTER = 2 / 3
@@ -112,8 +113,10 @@ def store(keys: Keys) -> None:
     write_durably(new / "ca.pem", keys.authority, 0o600)
     about = {"address": keys.address, "site": keys.site, "federation": keys.federation}
     write_durably(new / "identity.json", json.dumps(about, indent=2).encode() + b"\n", 0o600)
+    reach("keys.written")
     if keys.folder.exists():
         os.replace(keys.folder, old)  # noqa: PTH105  # Path.replace refuses a folder that is not empty
     os.replace(new, keys.folder)  # noqa: PTH105
+    reach("keys.replaced")
     sync_folder(keys.folder.parent)
     shutil.rmtree(old, ignore_errors=True)

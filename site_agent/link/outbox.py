@@ -24,6 +24,7 @@ from protos.chunks import sync_folder, sync_tree
 from protos.contribution import Header
 from protos.digest import digest, is_digest
 from protos.errors import DataCorrupt, FarflungError
+from protos.faults import reach
 from protos.identity import Key, sign_header
 from protos.manifest import Index
 from protos.spares import LEAST_BYTES
@@ -99,6 +100,7 @@ class Outbox:
         self._dropped = 0
         for leftover in home.work.iterdir():
             _remove(leftover)
+            reach("outbox.leftover.removed")
         for folder in sorted(home.contributions.iterdir(), key=lambda f: f.stat().st_mtime):
             try:
                 entry = _read(folder)
@@ -126,19 +128,25 @@ class Outbox:
         encoded = header.encode()
         signature = sign_header(key, encoded, header.plan_id, header.site)
         head = site_pb2.ContributionHead(header=encoded, signature=signature, index=index.encoded)
+        reach("outbox.signed")
         (made / WAITING).write_bytes(head.SerializeToString())
+        reach("outbox.head.written")
         sync_tree(made)
+        reach("outbox.synced")
         name = digest(encoded)
         with self._lock:
             target = self._home.contributions / name
             if target.exists():  # the same work, to the bit, was finished before
                 _remove(target)
             made.rename(target)
+            reach("outbox.renamed")
             # Where it came from needs no sync: what a power cut leaves there is removed at the start.
             sync_folder(target.parent)
+            reach("outbox.named")
             plans = [header.plan_id]
             entry = Entry(target, header, encoded, signature, index, None, plans, fresh=True)
             self._entries[name] = entry
+            reach("outbox.admitted")
             return entry
 
     # -- look ------------------------------------------------------------------------------------
@@ -182,14 +190,19 @@ class Outbox:
             if entry.verdict is not None:
                 return
             entry.verdict = verdict
+            reach("outbox.answered")
             if not entry.stateful:
                 self._drop(entry, recycle=True)
                 return
             (entry.folder / WAITING).rename(entry.folder / verdict)
+            reach("outbox.verdict.renamed")
             if entry.index.nbytes >= LEAST_BYTES:
                 sync_folder(entry.folder)
+                reach("outbox.verdict.synced")
             self._spares.give(entry.payload)
+            reach("outbox.payload.given")
             self._prune(entry.run)
+            reach("outbox.pruned")
 
     def discard(self, entry: Entry) -> None:
         """Remove a contribution that can't be sent (its payload is damaged)."""
@@ -219,9 +232,11 @@ class Outbox:
         self._dropped += 1
         grave = self._home.work / f"gone-{self._dropped}"
         entry.folder.rename(grave)
+        reach("outbox.buried")
         if recycle:
             self._spares.give(grave / PAYLOAD)
         _remove(grave)
+        reach("outbox.removed")
 
 
 def _read(folder: Path) -> Entry:

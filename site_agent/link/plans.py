@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 from protos.plan import Plan
 from protos.v1 import site_pb2
@@ -40,6 +41,7 @@ class Assignment:
         waits_until: When a window opens that it waits for, Unix time; 0 if it doesn't wait.
         since: When it came, on the monotonic clock.
         cancelled: The orchestrator does not want it any more.
+        begun_again: Its trainer was killed from outside, and another one took it up.
     """
 
     plan: Plan
@@ -50,15 +52,21 @@ class Assignment:
     waits_until: float = 0.0
     since: float = field(default_factory=monotonic)
     cancelled: bool = False
+    begun_again: bool = False
 
     def told(self) -> site_pb2.Progress:
         """Where it is, once more."""
         return told(self.plan.id, self.state, self.done, self.planned, self.unit)
 
-    @property
-    def state_name(self) -> str:
-        """The state in lower case."""
-        return site_pb2.Progress.State.Name(self.state).lower()
+    def facts(self) -> dict[str, Any]:
+        """The same for the command line."""
+        return {
+            "plan": self.plan.id,
+            "state": site_pb2.Progress.State.Name(self.state).lower(),
+            "done": self.done,
+            "planned": self.planned,
+            "unit": self.unit,
+        }
 
 
 class OpenPlans:

@@ -17,6 +17,7 @@ from protos.bulk import BulkStub, chunk_message
 from protos.chunks import read_chunks
 from protos.digest import digest
 from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable, by_name
+from protos.faults import reach
 from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
@@ -232,10 +233,12 @@ class Sender:
             self._put_off.pop(entry.digest, None)
         entry.fresh = False
         self._ears.sending(entry, 0, len(data))
+        reach("contribute.saying")
         said = site_pb2.SmallContribution(head=_head(entry), data=data)
         if not self._say(site_pb2.FromSite(contribution=said)):
             raise Unavailable("the control stream is gone")
         self.sent_bytes += len(data)
+        reach("contribute.said")
         with self._condition:
             self._condition.wait_for(
                 lambda: (
@@ -260,6 +263,7 @@ class Sender:
             if not entry.fresh:
                 request = site_pb2.StatusRequest(plan_id=entry.header.plan_id)
                 status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
+                reach("contribute.status.heard")
                 if status.HasField("answer") and self._is_ours(status.answer, entry):
                     self._settle(entry, status.answer)
                     return
@@ -302,6 +306,7 @@ class Sender:
     ) -> Iterator[site_pb2.ContributeRequest | bytes]:
         """The head, then what is missing there; everything if it never heard of it (None)."""
         yield site_pb2.ContributeRequest(head=_head(entry))
+        reach("contribute.head.sent")
         ranges = [(0, len(entry.index.chunks))] if missing is None else missing
         planned = sum(
             stop - start
@@ -319,21 +324,25 @@ class Sender:
             if missing is not None and digest(data) != entry.index.chunks[number]:
                 raise DataCorrupt(f"chunk {number} of the payload is damaged in the outbox")
             yield chunk_message(number, data)
+            reach("contribute.chunk.sent")
             done += len(data)
             self.sent_bytes += len(data)
             if monotonic() - told >= TELL_S:
                 told = monotonic()
                 self._ears.sending(entry, done, planned)
+        reach("contribute.sent")
         self.busy = False  # what follows is the orchestrator's time, not the line's
 
     def _settle(self, entry: Entry, answer: common_pb2.Answer) -> None:
         verdict = VERDICTS.get(answer.verdict)
         if verdict is None:
             raise Unavailable("the orchestrator gave an answer without a verdict")
+        reach("contribute.answered")
         self._outbox.answer(entry, verdict)
         self._ears.answered(entry, verdict, answer.error, answer.message)
         answered_for = answer.plan_id or entry.header.plan_id
         self._ears.closed(answered_for)
+        reach("contribute.settled")
         with self._condition:
             self._unclear += [p for p in entry.plans if p != answered_for]
             self._condition.notify_all()

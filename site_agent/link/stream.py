@@ -10,6 +10,7 @@ from time import monotonic
 import grpc
 
 from protos.errors import FarflungError, Unavailable
+from protos.faults import reach
 from protos.rpc import from_rpc_error
 from protos.v1 import site_pb2, site_pb2_grpc
 from site_agent.link.journal import Journal
@@ -106,9 +107,11 @@ class Outgoing:
             while not self._closed:
                 now = monotonic()
                 if self._messages:
+                    reach("control.saying")
                     return self._messages.popleft()
                 due, when = self._due_progress(now)
                 if due is not None:
+                    reach("control.progress")
                     return Said(progress=due)
                 if now >= self._next_beat:
                     self._next_beat = now + self._interval()
@@ -116,6 +119,7 @@ class Outgoing:
                     self._beats[self._sequence] = now
                     self._beats.pop(self._sequence - UNANSWERED, None)
                     beat = site_pb2.Heartbeat(sequence=self._sequence, paused=self._paused())
+                    reach("control.beating")
                     return Said(heartbeat=beat)
                 self._wakes = min(when, self._next_beat)
                 self._condition.wait(max(0.0, self._wakes - now))
@@ -296,6 +300,7 @@ class Stream:
         welcomed = False
         try:
             call = site_pb2_grpc.ControlStub(channel).Attach(outgoing)
+            reach("control.dialled")
             with self._lock:
                 self._outgoing, self._call = outgoing, call
             if self._stop.is_set():
@@ -309,6 +314,7 @@ class Stream:
                 elif message.WhichOneof("kind") == "heartbeat":
                     outgoing.came_back(message.heartbeat.sequence)
                 else:
+                    reach("control.heard")
                     self._hear(message)
             return welcomed, Unavailable("the orchestrator ended the stream")
         except grpc.RpcError as error:
@@ -320,6 +326,7 @@ class Stream:
                 self._outgoing = self._call = None
                 self.attached = False
             if welcomed:
+                reach("control.ended")
                 self._on_attached(None)
             channel.close()
 
@@ -329,6 +336,7 @@ class Stream:
             for outcome in self._outcomes:
                 outgoing.say(Said(outcome=outcome))
             self.attached = True
+            reach("control.attached")
         self._journal.info(
             "attached",
             federation=welcome.federation,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from protos.errors import DataCorrupt
+from protos.faults import reach
 from site_agent import pipe
 from site_agent.config import SiteConfig
 from site_agent.home import Home
@@ -27,7 +28,7 @@ ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
     "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "CUDA_*", "NVIDIA_*", "NCCL_*", "HIP_*", "ROCR_*",
     "TORCH*", "PYTORCH_*", "OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "SLURM_*", "XDG_CACHE_HOME",
-    "HF_*", "FARFLUNG_FEDERATION",
+    "HF_*", "FARFLUNG_FEDERATION", "FARFLUNG_FAULTS",
 )  # fmt: skip
 """Variables that the trainer may see; ``trainer.environment`` adds to them."""
 
@@ -43,6 +44,11 @@ class Died:
 
     cause: str
     returncode: int
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether somebody killed it who was neither the task nor short of memory."""
+        return self.returncode == -signal.SIGKILL and "memory" not in self.cause
 
 
 Heard = pipe.Started | pipe.Ready | pipe.Progress | pipe.Done | pipe.Cancelled | pipe.Failed | Died
@@ -94,6 +100,7 @@ class TrainerProcess:
                 env=environment_of(config),
                 start_new_session=True,  # Ctrl-C is the link's to handle
             )
+        reach("trainer.spawned")
         threading.Thread(target=self._read, name="trainer", daemon=True).start()
 
     @property
@@ -114,6 +121,7 @@ class TrainerProcess:
         try:
             stdin.write(line.encode())
             stdin.flush()
+            reach("trainer.told")
         except (BrokenPipeError, ValueError):
             pass
 

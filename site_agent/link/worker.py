@@ -15,6 +15,7 @@ from pathlib import Path
 
 from protos.contribution import Header
 from protos.errors import FarflungError, OutOfSpace, TaskFailed
+from protos.faults import reach
 from protos.manifest import Index
 from protos.plan import Plan
 from protos.v1 import site_pb2
@@ -146,6 +147,7 @@ class Worker:
         self._jobs += 1
         folder = self._home.work / f"{self._jobs}-{plan.run}-{plan.round}"
         job = self._job = Job(self._jobs, assignment, folder)
+        reach("job.begun")
         self._journal.info("plan begins", plan=plan.id, kind=plan.kind)
         try:
             trainer = self._trainer_for(plan)
@@ -160,6 +162,7 @@ class Worker:
                 settings=self._config.tasks[plan.task.name].settings,
             )
         )
+        reach("job.prepared")
         self._fetcher.keep(plan.frozen)
         self._move(job, site_pb2.Progress.PREPARING)
         if plan.base:
@@ -217,6 +220,7 @@ class Worker:
             self._fail(result)
             return
         job.files[digest] = result
+        reach("job.fetched")
         job.missing.discard(digest)
         if not job.ready:
             self._move(job, site_pb2.Progress.PREPARING)
@@ -242,18 +246,10 @@ class Worker:
         except OutOfSpace as error:
             self._fail(error)
             return
+        reach("job.reserved")
         job.performing = True
-        base = job.files.get(plan.base)
-        self._trainer.send(
-            pipe.Perform(
-                job=job.number,
-                base=str(base) if base else "",
-                frozen=str(job.files[plan.frozen]) if job.need_frozen else "",
-                state=str(state) if state else "",
-                out=str(job.folder),
-                spares=str(self._spares.folder),
-            )
-        )
+        self._trainer.send(job.order(state, self._home, self._config.trainer.checkpoint))
+        reach("job.performing")
         # Said here: the trainer says how far it is only once it has worked for a while.
         job.phase = "training"
         self._move(job, site_pb2.Progress.TRAINING)
@@ -275,6 +271,7 @@ class Worker:
         match line:
             case pipe.Ready():
                 job.ready, job.need_frozen = True, line.need_frozen
+                reach("job.ready")
                 job.phase = "waiting for the base"
                 if job.missing:
                     self._move(job, site_pb2.Progress.FETCHING)
@@ -298,28 +295,21 @@ class Worker:
     def _progress(self, job: Job, line: pipe.Progress) -> None:
         if job.assignment.cancelled:
             return
-        job.phase = "encoding the update" if line.state == "ENCODING" else "training"
-        if line.unit:
-            job.phase += f" ({line.done:.4g} of {line.planned:.4g} {line.unit} done)"
-        message = site_pb2.Progress(
-            plan_id=job.plan.id,
-            state=site_pb2.Progress.State.Value(line.state),
-            done=line.done,
-            planned=line.planned,
-            unit=line.unit,
-            loss=self._disclosure.loss(line.loss),
-            learning_rate=line.learning_rate,
-            examples_per_s=line.examples_per_s,
-        )
-        self._ears.moved(job.assignment, message)
+        self._ears.moved(job.assignment, job.progress(line, self._disclosure.loss(line.loss)))
 
     def _done(self, job: Job, line: pipe.Done) -> None:
         try:
             metrics = self._disclosure.metrics(line.header.metrics)
             header = line.header.model_copy(update={"metrics": metrics})
             index = Index.decode(line.index.encode())
+            reach("job.done")
             self._policy.check_contribution(header, index.nbytes)
+            plan = job.plan
             entry = self._sign(job.folder, header, index)
+            reach("job.admitted")
+            if plan.kind == "train":
+                self._home.checkpoint.unlink(missing_ok=True)
+                reach("job.checkpoint.removed")
         except FarflungError as error:
             self._fail(error)
             return
@@ -333,10 +323,16 @@ class Worker:
     def _died(self, trainer: TrainerProcess, line: Died) -> None:
         self._trainer = None
         self._journal.error("trainer ended", cause=line.cause, returncode=line.returncode)
+        reach("job.trainer.died")
         job = self._job
         if job is None:
             return
         if job.assignment.cancelled:
+            self._end(job)
+            return
+        if line.from_outside and not job.assignment.begun_again:
+            job.assignment.begun_again = True
+            self._waiting.appendleft(job.assignment)
             self._end(job)
             return
         text = f"the trainer {line.cause} while {job.phase}; log/trainer.log has its last words"
@@ -386,6 +382,7 @@ class Worker:
         if job.timer is not None:
             job.timer.cancel()
         shutil.rmtree(job.folder, ignore_errors=True)
+        reach("job.removed")
         self._job = None
         if self._trainer is not None and not self._config.trainer.keep_warm:
             self._trainer.stop()

@@ -37,11 +37,13 @@ def main() -> None:
         # Counts what is allocated, not what is mapped: libraries are large and cost nothing.
         resource.setrlimit(resource.RLIMIT_DATA, (chosen.memory_bytes, chosen.memory_bytes))
 
+    from protos import faults
     from protos.errors import FarflungError, row
     from site_agent.trainer.device import Device
     from site_agent.trainer.failures import describe
     from site_agent.trainer.server import Server
 
+    faults.enter("trainer")
     if chosen.threads:
         import torch
 

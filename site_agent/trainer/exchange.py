@@ -11,7 +11,9 @@ from time import monotonic
 import torch
 
 from protos.contribution import Header
+from protos.digest import canonical, digest
 from protos.errors import TaskFailed
+from protos.faults import reach
 from protos.manifest import Index, Placement
 from protos.plan import Plan
 from protos.spares import Spares
@@ -19,6 +21,7 @@ from protos.tensors import ArtefactFile, iterate_bytes
 from site_agent.pipe import Progress
 from site_agent.trainer import inner_optimizer
 from site_agent.trainer.assessing import assess
+from site_agent.trainer.checkpoint import Checkpoints
 from site_agent.trainer.fitting import Fitted, fit
 from site_agent.trainer.payload import Blocks, Contribution, blocks_of
 from site_agent.trainer.randomness import round_generator
@@ -60,6 +63,8 @@ class Exchange:
         state: Folder of the state to start from; None for none.
         out: Where the contribution goes.
         spares: Files that may be written over.
+        checkpoint: File in which training is saved half-way; None for nowhere.
+        checkpoint_s: See `Checkpoints`.
     """
 
     work: Workload
@@ -70,6 +75,8 @@ class Exchange:
     state: Path | None
     out: Path
     spares: Spares | None = None
+    checkpoint: Path | None = None
+    checkpoint_s: float | None = None
 
     def perform(self) -> tuple[Header, Index]:
         """Do it; gives the header's draft and the payload's index.
@@ -101,11 +108,24 @@ class Exchange:
         theirs = dict(base)
         adopted, state = work.stack.adopt(dict(theirs), remembered.strategies, plan)
         work.load({n: v for n, v in adopted.items() if v is not theirs.get(n)})
+        reach("train.adopted")
         with self.clock.phase("training"):
-            fitted = fit(work, plan, theirs, state, remembered.optimizer, self.watch)
+            fitted = fit(
+                work, plan, theirs, state, remembered.optimizer, self.watch,
+                checkpoints=self._checkpoints(),
+            )  # fmt: skip
+        reach("train.fitted")
         self.watch.tell(Progress(job=self.watch.job, state="ENCODING"))
         with self.clock.phase("encoding"):
             return self._encode(base, fitted)
+
+    def _checkpoints(self) -> Checkpoints | None:
+        if self.checkpoint is None:
+            return None
+        work, started = self.work, self.state is not None
+        decides = [work.key, work.task_digest, work.device.packages(), started]
+        mark = digest(canonical([self.plan.work_digest, *decides]))
+        return Checkpoints(self.checkpoint, mark, self.checkpoint_s)
 
     def _encode(self, base: ArtefactFile, fitted: Fitted) -> Contribution:
         work, plan = self.work, self.plan
@@ -122,6 +142,7 @@ class Exchange:
         )
         with torch.no_grad():
             update, strategies = work.stack.encode(update, plan, fitted.state)
+        reach("train.encoded")
         codec = work.stack.codec.name if work.stack.codec and update.blocks is not None else ""
         metrics = {"train_loss": fitted.losses[1], "train_loss_first": fitted.losses[0]}
         if plan.last_counted and self.state is None:
@@ -155,6 +176,7 @@ class Exchange:
         self.work.reset()
         self.work.fill(base)
         self.work.load({n: v for n, v in remembered.own.items() if n in self.work.own})
+        reach("train.begun")
         return base, remembered
 
     # -- init ------------------------------------------------------------------------------------
@@ -184,6 +206,7 @@ class Exchange:
         self._start()
         with self.clock.phase("assessing"):
             sums, samples = assess(self.work, self.plan, self.watch)
+        reach("assess.summed")
         return Contribution(
             plan=self.plan,
             manifest=self.work.shared.digest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from protos.errors import TaskFailed
+from protos.faults import reach
 from protos.plan import Plan
 from site_agent.pipe import Progress
+from site_agent.trainer.batches import Batches
+from site_agent.trainer.checkpoint import Checkpoint, Checkpoints
 from site_agent.trainer.device import widened
-from site_agent.trainer.inner_optimizer import make_optimizer, restore, set_rate
+from site_agent.trainer.inner_optimizer import make_optimizer, restore, saved, set_rate
 from site_agent.trainer.pace import Pace
-from site_agent.trainer.randomness import seed_epoch, step_generator
+from site_agent.trainer.randomness import (
+    random_state,
+    restore_random,
+    seed_epoch,
+    step_generator,
+)
 from site_agent.trainer.watch import Watch
 from site_agent.trainer.workload import Workload
 from strategies.context import Step
@@ -100,8 +108,12 @@ def fit(
     optimizer_state: dict[str, Tensor],
     watch: Watch,
     clock: Callable[[], float] = monotonic,
+    checkpoints: Checkpoints | None = None,
 ) -> Fitted:
     """Train the loaded model as a plan says.
+
+    With checkpoints it goes on where the same work was saved half-way, to the same bits on a CPU.
+    A task's own loop begins anew.
 
     Args:
         work: Task and model; the model holds what was adopted of the base.
@@ -111,6 +123,7 @@ def fit(
         optimizer_state: Of the last round, where the plan keeps it.
         watch: The line to the link.
         clock: Seconds.
+        checkpoints: Where training is saved half-way; None for nowhere.
 
     Raises:
         TaskFailed: The loss became NaN or infinite, or there is no data.
@@ -129,7 +142,27 @@ def fit(
         restore(optimizer, work.model, optimizer_state)
     owned = bool(work.stack.having("local_step"))
     losses, scratch = Losses(work.site), dict[str, Any]()
-    started, examples = clock(), 0
+    examples, resumed = 0, checkpoints.read() if checkpoints is not None else None
+    if resumed is not None:
+        state, examples = _resume(work, batches, pace, optimizer, losses, resumed)
+        reach("train.resumed")
+    started, before = clock(), examples
+
+    def save(epoch_ended: bool) -> None:
+        if checkpoints is None or pace.finished() or not checkpoints.due(epoch_ended):
+            return
+        losses.look()
+        random, others = random_state(work.device.torch)
+        about = {
+            "pace": pace.saved(),
+            "losses": losses.values,
+            "random": others,
+            "examples": examples,
+            "data": [batches.examples, batches.per_epoch],
+        }
+        checkpoints.write(
+            Checkpoint(work.trained(), saved(optimizer, work.model), state, random, about)
+        )
 
     def report() -> None:
         losses.look()
@@ -144,7 +177,7 @@ def fit(
                 unit=pace.unit,
                 loss=math.fsum(recent) / len(recent) if recent else None,
                 learning_rate=pace.current,
-                examples_per_s=examples / elapsed if elapsed > 0 else 0.0,
+                examples_per_s=(examples - before) / elapsed if elapsed > 0 else 0.0,
             )
         )
 
@@ -152,8 +185,9 @@ def fit(
     report()
     while not pace.finished():
         seed_epoch(plan, pace.epoch)
-        steps_before = pace.steps
-        for batch in batches.epoch(plan, pace.epoch):
+        reach("train.epoch.begun")
+        steps_before = pace.steps - pace.in_epoch
+        for batch in _rest(work, batches.epoch(plan, pace.epoch), pace.in_epoch, resumed):
             watch.check()
             rate = pace.rate()
             set_rate(optimizer, rate)
@@ -183,14 +217,19 @@ def fit(
             losses.add(loss)
             examples += _count(targets)
             pace.step(work.task.tokens(targets) if plan.work.tokens else 0)
+            reach("train.stepped")
             if watch.due:
                 report()
             if pace.finished():
                 break
+            save(epoch_ended=False)
         else:
             pace.end_epoch(batches.per_epoch)
             if pace.steps == steps_before:
                 raise TaskFailed(f"site {work.site}: the task's training data gave no batch")
+            reach("train.epoch.ended")
+            save(epoch_ended=True)
+        resumed = None
     work.device.synchronize()
     losses.look()
     report()
@@ -203,6 +242,35 @@ def fit(
         epochs=pace.epochs,
         losses=(losses.mean(0, passed), losses.mean(pace.steps - passed, pace.steps)),
     )
+
+
+def _resume(
+    work: Workload,
+    batches: Batches,
+    pace: Pace,
+    optimizer: Optimizer,
+    losses: Losses,
+    resumed: Checkpoint,
+) -> tuple[State, int]:
+    """Put everything where a checkpoint has it; gives the strategies' state and the samples seen."""
+    work.retrain(resumed.model)
+    optimizer.state.clear()
+    restore(optimizer, work.model, resumed.optimizer)
+    pace.restore(resumed.about["pace"])
+    losses.values[:] = resumed.about["losses"]
+    batches.examples, batches.per_epoch = resumed.about["data"]
+    return resumed.strategies, int(resumed.about["examples"])
+
+
+def _rest(
+    work: Workload, batches: Iterator[Any], passed: int, resumed: Checkpoint | None
+) -> Iterator[Any]:
+    """The batches of an epoch after those that were trained on before the trainer was killed."""
+    for _ in range(passed):
+        next(batches, None)
+    if passed and resumed is not None:
+        restore_random(work.device.torch, resumed.random, resumed.about["random"])
+    yield from batches
 
 
 def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from protos.errors import ConfigInvalid
 from protos.plan import Schedule, Work
@@ -32,7 +33,7 @@ class Pace:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.unit, self.planned = work.unit, work.amount
-        self.steps = self.tokens = self.epoch = 0
+        self.steps = self.tokens = self.epoch = self.in_epoch = 0
         self._schedule, self._clock = schedule, clock
         self._per_epoch = per_epoch
         self._started = clock()
@@ -109,11 +110,33 @@ class Pace:
     def step(self, tokens: int) -> None:
         """One step was made, over so many tokens."""
         self.steps += 1
+        self.in_epoch += 1
         self.tokens += tokens
 
     def end_epoch(self, per_epoch: int | None) -> None:
         """A pass over the data ended; how many steps it had is known now."""
         self.epoch += 1
+        self.in_epoch = 0
         self._at_epoch_start = True
         if self._per_epoch is None:
             self._per_epoch = per_epoch
+
+    def saved(self) -> dict[str, Any]:
+        """Where it is, as JSON."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "epoch": self.epoch,
+            "in_epoch": self.in_epoch,
+            "_rate": self._rate,
+            "_at_epoch_start": self._at_epoch_start,
+            "_per_epoch": self._per_epoch,
+            "seconds": self._clock() - self._started,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where `saved` was asked."""
+        self._started = self._clock() - saved["seconds"]
+        for name, value in saved.items():
+            if name != "seconds":
+                setattr(self, name, value)

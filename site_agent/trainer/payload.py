@@ -13,6 +13,7 @@ from protos.chunks import IndexWriter
 from protos.contribution import Header, PayloadSpec
 from protos.digest import Bytes
 from protos.errors import ManifestInvalid
+from protos.faults import reach
 from protos.manifest import Index, Manifest
 from protos.plan import Plan
 from protos.spares import Spares
@@ -130,6 +131,7 @@ class Contribution:
             spares: Files that may be written over.
         """
         folder.mkdir(mode=0o700)
+        reach("payload.folder.made")
         self._specs, tensors = self._side_payloads()
         writer = IndexWriter(folder / PAYLOAD, spares, self.blocks.nbytes)
         try:
@@ -138,6 +140,7 @@ class Contribution:
             for tensor in tensors:
                 writer.write(view_bytes(tensor))
             index = writer.finish(self.manifest)
+            reach("payload.written")
         except BaseException:
             writer.abort()
             raise
@@ -145,6 +148,7 @@ class Contribution:
             plan = self.plan
             about = {"run": plan.run, "round": str(plan.round), "site": plan.site}
             self.state.write(folder, about)
+            reach("payload.state.written")
         return index
 
     def header(self, index: Index) -> Header:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from protos.plan import Plan
 from strategies.context import seeded
@@ -45,3 +46,22 @@ def step_generator(plan: Plan, step: int) -> Generator:
 def round_generator(plan: Plan) -> Generator:
     """The generator that strategies see when a round's update is encoded."""
     return seeded(plan.seed, plan.site, plan.round, "round")
+
+
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], list[Any]]:
+    """Where torch's generators are, and those of numpy and random as JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    kind, keys, *rest = np.random.get_state()
+    return states, [random.getstate(), [kind, np.asarray(keys).tolist(), *rest]]
+
+
+def restore_random(device: torch.device, states: dict[str, Tensor], others: list[Any]) -> None:
+    """Put all generators where `random_state` found them."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    (version, words, spare), (kind, keys, *rest) = others
+    random.setstate((version, tuple(words), spare))
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))

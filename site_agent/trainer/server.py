@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from protos.errors import TaskFailed
+from protos.faults import reach
 from protos.spares import Spares
 from site_agent.pipe import (
     CancelJob,
@@ -77,12 +78,14 @@ class Server:
 
     def _prepare(self, order: Prepare) -> None:
         self._job, clock = None, Clock()
+        reach("prepare.heard")
         watch = self._watch(order.job)
         watch.check()
         with clock.phase("preparing"):
             if self._task is None or self._task.key != LoadedTask.key_of(order):
                 self._work = self._task = None
                 self._task = LoadedTask(order)
+                reach("prepare.task.loaded")
             if self._work is None or self._work.key != Workload.key_of(self._task, order.plan):
                 self._work = None
                 self._work = Workload(
@@ -90,13 +93,16 @@ class Server:
                 )
             have = self._work.has_frozen(order.plan.frozen)
         watch.check()
+        reach("prepare.loaded")
         self._job = (order, clock)
         self._tell(Ready(job=order.job, need_frozen=not have))
+        reach("prepare.told")
 
     def _perform(self, order: Perform) -> None:
         if self._job is None or self._job[0].job != order.job or self._work is None:
             raise TaskFailed(f"site {self._site}: job {order.job} was not prepared")
         (prepared, clock), self._job = self._job, None
+        reach("perform.heard")
         watch = self._watch(order.job)
         watch.check()
         if order.frozen:
@@ -110,10 +116,14 @@ class Server:
             state=Path(order.state) if order.state else None,
             out=Path(order.out),
             spares=Spares(Path(order.spares), 0) if order.spares else None,
+            checkpoint=Path(order.checkpoint) if order.checkpoint else None,
+            checkpoint_s=order.checkpoint_s,
         )
         header, index = exchange.perform()
+        reach("perform.done")
         self._cancelled.pop(order.job, None)
         self._tell(Done(job=order.job, header=header, index=index.encoded.decode()))
+        reach("perform.told")
 
     def _watch(self, job: int) -> Watch:
         return Watch(job, self._tell, self._event(job))

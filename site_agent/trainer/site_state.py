@@ -63,10 +63,10 @@ class SiteState:
         for strategy, state in self.strategies.items():
             tensors |= {f"{STRATEGY}{strategy}/{key}": value for key, value in state.items()}
         if tensors:
-            save_file(_apart(tensors), folder / STATE, about)
+            save_file(apart(tensors), folder / STATE, about)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as safetensors wants them, which refuses two that share memory.
 
     Only those are cloned: a residual is as large as the model.

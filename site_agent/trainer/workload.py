@@ -150,6 +150,20 @@ class Workload:
                     )
                 target.copy_(value)
 
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes of the model, not copied: all but its frozen parameters."""
+        state = self.state()
+        fixed = {t.name for t in self.frozen if t.kind == "parameter"}
+        others = {n: b for n, b in self.model.named_buffers() if n not in state}
+        return {n: v for n, v in (state | others).items() if n not in fixed}
+
+    def retrain(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the model what `trained` had."""
+        mine = self.trained()
+        with torch.no_grad():
+            for name, value in tensors.items():
+                mine[name].copy_(value)
+
     def base_copy(self, base: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> nn.Module:
         """Another model of the same kind that holds a base and this site's own tensors."""
         model = copy.deepcopy(self.model)

@@ -1,8 +1,8 @@
 """Methods of distillation and calibration: a site that is killed in mid-round changes no bit.
 
 Each with tiny data through three sites and the real exchange, once undisturbed and once with
-SIGKILL of a site's agent and trainer while it trains in the second round, where it has a state to
-lose. What lives at a site is in no contribution.
+SIGKILL of a site's agent and trainer in the middle of an epoch of the second round, where it has a
+state to lose and goes on from what was saved a step before. What lives at a site is in no contribution.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 
 from orchestrator.views import Round
 from protos.contribution import Header
+from protos.faults import Fault
 from protos.manifest import Manifest
 from protos.plan import StrategyChoice
 from strategies.stack import Stack
 from tests.support.blobs import Blobs
 from tests.support.field import SITES, Field
-from tests.support.files import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed"), pytest.mark.timeout(600)]
 
@@ -49,7 +49,8 @@ def open_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     """Sites whose policy lets out what FYI and feature replay send."""
     rules = ["sum", "mean by count", "concatenate", "keep per site"]
     policy = {"side_payloads": rules, "condensed_data": True}
-    field = Field(tmp_path_factory.mktemp("field"), policy=policy)
+    saved = {"checkpoint": 0.001}  # after every step
+    field = Field(tmp_path_factory.mktemp("field"), policy=policy, trainer=saved)
     with field.federation:
         yield field
 
@@ -67,14 +68,13 @@ def two_rounds(field: Field, name: str, strategy: list[dict[str, Any]], kill: bo
     config = field.config(name, rounds=1, strategy=strategy, cohort=cohort, seed=5)
     run = federation.launch(config)
     assert federation.wait(run, 200).state == "finished"
-    gate = field.switches[VICTIM] / "gate"
-    if kill:
-        gate.touch()
+    if kill:  # after step 8 of 12, where the trainer is stopped, so that its agent can go with it
+        fault = Fault("train.stepped", 8, do="stop", process="trainer")
+        federation.fail(VICTIM, fault)
     federation.client.extend(run, 2)
     if kill:
-        wait_for(field.switches[VICTIM] / "reached", 100)  # it stands in a step of round 2
+        federation.await_fault(VICTIM, 100)
         federation.kill(VICTIM)
-        gate.unlink()
         federation.start_site(VICTIM)
     view = federation.wait(run, 200)
     assert view.state == "finished", view.reason
@@ -82,6 +82,11 @@ def two_rounds(field: Field, name: str, strategy: list[dict[str, Any]], kill: bo
     assert [(r.attempt, len(r.missing)) for r in rounds] == [(1, 0), (1, 0)]
     assert all(p.state == "done" for r in rounds for p in r.plugins), rounds[-1].plugins
     return rounds
+
+
+def steps(field: Field) -> int:
+    """Steps of training that the victim has made."""
+    return field.federation.trace(VICTIM).count(("trainer", "train.stepped"))
 
 
 def sent(field: Field, run: str) -> set[str]:
@@ -105,8 +110,11 @@ def test_a_kill_in_mid_round_changes_no_bit_and_what_is_a_sites_stays_there(
     field: Field, row: str
 ) -> None:
     strategy, name = METHODS[row], METHODS[row][0]["name"]
+    began = steps(field)
     undisturbed = two_rounds(field, f"{name}-undisturbed", strategy, kill=False)
+    planned = steps(field) - began
     killed = two_rounds(field, f"{name}-killed", strategy, kill=True)
+    assert steps(field) - began == 2 * planned + 1  # the step that was not saved yet
     assert [r.model for r in killed] == [r.model for r in undisturbed]
     files = [{p.name: p.files for p in r.plugins} for r in undisturbed]
     assert [{p.name: p.files for p in r.plugins} for r in killed] == files

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.federation import Federation
+from tests.support.faulty import FaultyFederation
 
 BLOBS = f"{Path(__file__).parent / 'blobs.py'}:Blobs"
 SITES = ("north", "south", "east")
@@ -20,6 +20,7 @@ class Field:
         daemon: Further sections of farflung.toml.
         policy: ``[policy]`` of every site.
         environment: Variables of all processes, on top of this one's.
+        trainer: Further keys of ``[trainer]`` of every site.
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class Field:
         daemon: dict[str, Any] | None = None,
         policy: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        trainer: dict[str, Any] | None = None,
     ) -> None:
         self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
             folder.mkdir(parents=True)
-        self.federation = Federation(
+        self.federation = FaultyFederation(
             root,
             {
                 site: {
@@ -42,7 +44,7 @@ class Field:
                             "settings": {"part": i, "switches": str(self.switches[site])},
                         }
                     },
-                    "trainer": {"memory_bytes": 2 << 30, "threads": 1},
+                    "trainer": {"memory_bytes": 2 << 30, "threads": 1, **(trainer or {})},
                     "policy": policy or {},
                 }
                 for i, site in enumerate(SITES)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import time
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -128,6 +130,26 @@ class Endless(IterableDataset[Any]):
 
     def __iter__(self) -> Any:
         return iter([self.data[i] for i in range(len(self.data))])
+
+
+class Shaken(Dataset[Any]):
+    """Each sample is moved a little, by the generators of torch, numpy and Python."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.data[index]
+        noise = torch.randn(4) + float(np.random.standard_normal()) + random.gauss(0.0, 1.0)
+        return inputs + 0.1 * noise, target
+
+
+class Noisy(Clouds):
+    def train_data(self) -> Dataset[Any]:
+        return Shaken(clouds(self.settings.seed, self.params.samples))
 
 
 class Streamed(Clouds):

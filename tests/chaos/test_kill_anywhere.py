@@ -1,0 +1,55 @@
+"""A seeded sample of `make kill-anywhere`: one kill in a round changes no bit of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.kill_anywhere import PER_STEP_S, Arena, Case
+from tests.support.field import SITES, Field
+
+
+@pytest.fixture
+def field(real: Field) -> Iterator[Field]:
+    yield real
+    real.federation.revive()
+    real.clear()
+    real.federation.await_sites(SITES)
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.timeout(240)
+def test_a_kill_of_each_kind_of_process_changes_no_bit(field: Field) -> None:
+    arena = Arena(field, seed=1, rounds=4)
+    reached = arena.cases("small")
+    assert len({case.at for case in reached}) >= 100
+    cases = [
+        arena.draw.choice([case for case in reached if case.process == process])
+        for process in ("link", "daemon")
+    ]
+    results = list(arena.disturb(cases))
+    assert [(r.name, r.struck, r.identical, r.why) for r in results] == [
+        (case.name, True, True, "") for case in cases
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sample_of_kills_changes_no_bit_and_costs_a_step_each(tmp_path: Path) -> None:
+    field = Field(tmp_path / "f", trainer={"checkpoint": PER_STEP_S})
+    with field.federation:
+        arena = Arena(field, seed=2)
+        reached = arena.cases("large")
+        cases = [
+            case
+            for process, count in (("link", 5), ("trainer", 4), ("daemon", 3))
+            for case in arena.draw.sample([c for c in reached if c.process == process], count)
+        ]
+        cases += [Case("trainer", "train.stepped"), Case("link", "a random moment")]
+        left = list(cases)
+        while left:
+            batch, left = left[:6], left[6:]
+            assert [r.why for r in arena.disturb(batch) if not r.identical and r.struck] == []
+        assert arena.again <= arena.kills * len(SITES)  # a step of each site at most

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from protos.faults import reach
+
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
@@ -79,11 +81,14 @@ class Daemon:
         config = self.config = home.config
         self.ledger = Ledger.open(config.ledger.url or home.ledger)
         self._closing.callback(self.ledger.close)
+        reach("daemon.ledger.opened")
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
         self._put_deadlines_off()
+        reach("daemon.deadlines.moved")
         self.store = open_store(config, home.store, home.federation)
         self.store.clean()
+        reach("daemon.store.cleaned")
         settings = compute_config(home, config.ray)
         self.compute = ComputeClient(
             settings,
@@ -116,12 +121,15 @@ class Daemon:
         self.runner = Runner(self.engine, self.changed)
         self.compute.start()
         self._closing.callback(self.compute.stop)
+        reach("daemon.compute.started")
         self._serve_sites()
+        reach("daemon.sites.served")
         self._serve_operators()
         self._serve_page()
         self._closing.callback(lambda: self.sessions.drain("the orchestrator is stopping"))
         self.runner.start()
         self._closing.callback(self.runner.end)
+        reach("daemon.runner.started")
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         carried = f", {n} gateways carry bulk" if (n := config.gateways.processes) else ""
         self.note("info", "", None, "", f"the daemon started, sites dial {self.address}{carried}")

@@ -17,6 +17,7 @@ from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
 from orchestrator.run_config import RunConfig
 from protos.errors import FarflungError, Unavailable, reference_id
+from protos.faults import reach
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Runner:
                 continue
             self.wake()  # there may be another one behind it
             self.current = row.id
+            reach("run.taken")
             try:
                 self._run(row)
             except Exception as error:
@@ -123,10 +125,12 @@ class Runner:
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
             number = max(last.round + 1, behind) if last is not None else 0
+            reach("run.round.begun")
             if number > row.rounds:
                 self._tidy()
                 self._forget(row)
                 ledger.set_run(row.id, state="finished", reason="", ended=time.time())
+                reach("run.finished")
                 self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
                 return self._changed(row.id, False)
             if row.id in self._stop_after or row.id in self._stop_now:
@@ -150,6 +154,7 @@ class Runner:
             if outcome.state == "committed":
                 tries = 0
                 self._tidy()  # of the round before: not more than one is behind
+                reach("run.tidied")
                 self._tidied = self._tidying.submit(self._retire, row, number)
                 self._note("info", row, number, f"round {number} of {row.rounds} is committed")
                 self._changed(row.id, True)
@@ -181,6 +186,7 @@ class Runner:
     def _retire(self, row: RunRow, number: int) -> None:
         try:
             retire(self._engine, row, number)
+            reach("run.retired")
         except Unavailable as error:  # `farflung gc` finds what stays
             self._note("warning", row, number, f"contributions are kept: {error.message}")
 

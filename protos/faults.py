@@ -145,6 +145,9 @@ protos/chunks.py
     part.synced part.recorded part.whole.synced part.renamed part.forgotten part.discarded
 protos/spares.py
     spare.refused spare.given spare.taken
+orchestrator/daemon.py
+    daemon.ledger.opened daemon.deadlines.moved daemon.store.cleaned daemon.compute.started
+    daemon.sites.served daemon.runner.started
 orchestrator/exchange.py
     gather.counted gather.failed gather.begun gather.known gather.offered gather.decided
     gather.heard gather.cancelled
@@ -162,6 +165,8 @@ orchestrator/ledger/exchanges.py
     exchange.opened exchange.begun exchange.begun.again exchange.ended
 orchestrator/ledger/plans.py
     answer.set plans.inserted
+orchestrator/ledger/rounds.py
+    round.inserted round.chained round.stepped
 orchestrator/reception.py
     receive.settled receive.whole receive.announced status.asked receive.refused
 orchestrator/recorder.py
@@ -176,10 +181,14 @@ orchestrator/rounds/first.py
     first.planned first.closed first.made first.adopted
 orchestrator/rounds/gather.py
     round.closing round.closed
+orchestrator/rounds/plan.py
+    round.drawn round.planned round.carried
 orchestrator/rounds/reduce.py
     reduce.begun reduce.done reduce.adopted reduce.state.adopted reduce.merged
 orchestrator/rounds/refine.py
     refine.begun refine.done refine.adopted refine.files.stored
+orchestrator/runs.py
+    run.taken run.round.begun run.finished run.tidied run.retired
 orchestrator/sessions.py
     session.saying session.attached session.detached
 orchestrator/site_service.py

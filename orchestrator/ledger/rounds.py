@@ -18,6 +18,7 @@ from orchestrator.ledger.runs import Runs, find
 from orchestrator.views import RoundState
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
+from protos.faults import reach
 
 ROUNDS, RUNS = tables.rounds, tables.runs
 
@@ -98,6 +99,7 @@ class Rounds(Runs, Exchanges):
             for name in _AS_JSON:
                 values[name] = to_json(values[name])
             db.execute(_INSERT, {**values, "reason": plain(row.reason)})
+            reach("round.inserted")
             for kind in sorted({plan.kind for plan in plans}):
                 mine = [plan for plan in plans if plan.kind == kind]
                 begin(db, row.run, row.round, row.attempt, kind, mine, now)
@@ -109,6 +111,7 @@ class Rounds(Runs, Exchanges):
                 "plans": plan_digests(plans),
             }
             chain.append(db, row.run, "planned", now, document)
+            reach("round.chained")
 
     def extend_deadline(self, run: str, round: int, attempt: int, by_s: float) -> RoundRow:
         """Put a planned round's deadline off: time with the daemon down does not count.
@@ -333,6 +336,7 @@ def _step(
     if not db.execute(sa.update(ROUNDS).where(which).values(values)).rowcount:
         raise _wrong_state(row, before, after)
     chain.append(db, row.run, after, now, document)
+    reach("round.stepped")
     return replace(row, **_decoded(values))
 
 

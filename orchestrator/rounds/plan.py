@@ -11,6 +11,7 @@ from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
 from orchestrator.rounds.engine import WORKER_S, Engine, Model, Planned
 from orchestrator.run_config import RunConfig
 from protos.errors import Conflict
+from protos.faults import reach
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 
 
@@ -38,8 +39,11 @@ def plan(engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Plan
         return Planned(config, run, attempts[-1], base, before)
     attempt = attempts[-1].attempt + 1 if attempts else 1
     row, plans = _draw_up(engine, run, config, before, base, number, attempt)
+    reach("round.drawn")
     engine.ledger.plan_round(row, plans, abandoning=abandoning)
+    reach("round.planned")
     engine.ledger.carry_over(run.id, number, attempt)
+    reach("round.carried")
     return Planned(config, run, row, base, before)
 
 

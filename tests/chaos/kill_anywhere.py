@@ -127,7 +127,7 @@ class Arena:
     """A federation in which rounds are disturbed.
 
     Attributes:
-        field: Its sites.
+        ground: Its sites.
         seed: Of what is drawn.
         rounds: Of every run; 0 for what its shape says.
         kills: Processes that were killed.
@@ -136,7 +136,7 @@ class Arena:
         ways_back: Points that a process reached after a kill and not otherwise: where that kill was.
     """
 
-    field: Field
+    ground: Field
     seed: int = 0
     rounds: int = 0
     kills: int = 0
@@ -176,7 +176,7 @@ class Arena:
         task = {"name": "blobs", "params": {"hidden": SHAPES[shape].hidden, "samples": SAMPLES}}
         cohort = {"quorum": "all", "deadline_s": 300, "attempts": 10}
         name = f"{shape}-{self._runs}"
-        config = self.field.config(
+        config = self.ground.config(
             name,
             rounds=self.count(shape),
             task=task,
@@ -185,11 +185,11 @@ class Arena:
             strategy=strategy,
             seed=3,
         )
-        return self.field.federation.launch(config)
+        return self.ground.federation.launch(config)
 
     def committed(self, run: str) -> dict[int, str]:
         """The models of a run so far: from the ledger itself, whether there is a daemon or not."""
-        ledger = self.field.federation.home.ledger
+        ledger = self.ground.federation.home.ledger
         with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10)) as db:
             rows = db.execute(
                 "SELECT round, model FROM rounds WHERE run = ? AND state = 'committed'", (run,)
@@ -198,7 +198,7 @@ class Arena:
 
     def state(self, run: str) -> tuple[str, str]:
         """The state of a run, and its reason."""
-        ledger = self.field.federation.home.ledger
+        ledger = self.ground.federation.home.ledger
         with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10)) as db:
             found = db.execute("SELECT state, reason FROM runs WHERE id = ?", (run,)).fetchone()
         return found[0], found[1]
@@ -206,7 +206,7 @@ class Arena:
     def seen(self, shape: str) -> Seen:
         """What an undisturbed run of a shape reaches and gives."""
         if shape not in self._seen:
-            federation, before = self.field.federation, self._traced()
+            federation, before = self.ground.federation, self._traced()
             run, began = self.launch(shape), time.monotonic()
             rounds = self.count(shape)
             federation.wait(run, 60.0 * rounds)
@@ -217,6 +217,7 @@ class Arena:
                 key: most // rounds
                 for key in {(process, point) for _, process, point in after}
                 if (most := max(after[w, *key] - before[w, *key] for w in (DAEMON, *SITES)))
+                >= rounds - 1
             }
             self._seen[shape] = Seen(
                 self.committed(run), often, (time.monotonic() - began) / rounds
@@ -226,7 +227,9 @@ class Arena:
     def _traced(self) -> Counter[tuple[str, str, str]]:
         out: Counter[tuple[str, str, str]] = Counter()
         for end in (DAEMON, *SITES):
-            out.update((end, process, point) for process, point in self.field.federation.trace(end))
+            out.update(
+                (end, process, point) for process, point in self.ground.federation.trace(end)
+            )
         return out
 
     def steps(self) -> int:
@@ -245,17 +248,19 @@ class Arena:
         """One run, disturbed in as many rounds as there are cases; fewer than it has rounds.
 
         Yields:
-            What came of each; fewer if the run ended with one of them.
+            What came of each; fewer if the run ended before.
         """
         shape = cases[0].shape
         seen, before = self.seen(shape), self.steps()
         run = self.launch(shape)
         self._await(lambda: len(self.committed(run)) >= 1, run)
         for case in cases:
+            if len(self.committed(run)) >= self.count(shape) - 1:
+                break  # a kill just after a commit costs two rounds
             result = self._disturbed(run, case, seen)
             yield result
             if not result.identical:
-                self.field.federation.client.stop(run, True)
+                self.ground.federation.client.stop(run, True)
                 self._await(lambda: self.state(run)[0] != "running", run)
                 return
         self._await(lambda: self.state(run)[0] != "running", run)
@@ -266,7 +271,7 @@ class Arena:
         self.planned += planned
 
     def _disturbed(self, run: str, case: Case, seen: Seen) -> Result:
-        federation = self.field.federation
+        federation = self.ground.federation
         end = ORCHESTRATOR if case.process == "daemon" else self.draw.choice(SITES)
         name, began = (DAEMON if end == ORCHESTRATOR else end), len(self.committed(run))
         limit = began + 3  # a point that is not reached in so many rounds is not reached
@@ -295,7 +300,7 @@ class Arena:
 
     def _strike(self, run: str, end: str, case: Case, point: str, seen: Seen, limit: int) -> bool:
         """Kill a process at a point; whether it got there."""
-        federation = self.field.federation
+        federation = self.ground.federation
         if point not in POINTS:
             time.sleep(self.draw.uniform(0.0, seen.seconds))  # any moment of a round is as good
             self._kill_now(end, case.process)
@@ -313,7 +318,7 @@ class Arena:
         return not federation.forgive(end)
 
     def _kill_now(self, end: str, process: str) -> None:
-        federation = self.field.federation
+        federation = self.ground.federation
         child = federation.daemon if end == ORCHESTRATOR else federation.agents()[end]
         family = child.tree()[: 1 if process != "trainer" else None]
         for one in family:
@@ -327,7 +332,7 @@ class Arena:
                 raise RuntimeError(f"the run is {state}: {reason}")
             return bool(so())
 
-        self.field.federation.await_that(so_or_ended, "the next step", CASE_S, revive=True)
+        self.ground.federation.await_that(so_or_ended, "the next step", CASE_S, revive=True)
 
 
 # -- the program --------------------------------------------------------------------------------------
@@ -371,11 +376,13 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = known(path)
     with tempfile.TemporaryDirectory(prefix="kill-anywhere-") as folder:
-        arena_field = Field(Path(folder) / "f", trainer={"checkpoint": PER_STEP_S})
-        with arena_field.federation:
-            arena = Arena(arena_field, chosen.seed)
-            cases = _cases(arena, chosen.sample, chosen.random)
-            work_off(arena, cases, done, path)
+        ground = Field(Path(folder) / "f", trainer={"checkpoint": PER_STEP_S})
+        with ground.federation:
+            arena = Arena(ground, chosen.seed)
+            cases: list[Case] = []
+            for more in _cases(arena, chosen.sample, chosen.random):
+                work_off(arena, more, done, path)
+                cases += more
             if not chosen.sample:
                 back = [
                     Case(process, point, case.shape, case.at)
@@ -387,14 +394,17 @@ def main() -> int:
     return 0 if all(r.identical for r in done.values()) else 1
 
 
-def _cases(arena: Arena, sample: int, moments: int) -> list[Case]:
-    cases = arena.cases("large")
-    large = {(case.process, case.at) for case in cases}
-    cases += [case for case in arena.cases("small") if (case.process, case.at) not in large]
-    if sample:
-        cases = arena.draw.sample(cases, min(sample, len(cases)))
+def _cases(arena: Arena, sample: int, moments: int) -> Iterator[list[Case]]:
+    """What to do, one shape after the other; in an order of the seed, so that any part is a sample."""
+    cases: list[Case] = []
+    for shape in SHAPES:
+        before = {(case.process, case.at) for case in cases}
+        fresh = [c for c in arena.cases(shape) if (c.process, c.at) not in before]
+        arena.draw.shuffle(fresh)
+        cases += fresh
+        yield fresh[: max(1, sample // len(SHAPES))] if sample else fresh
     processes = arena.draw.choices(("daemon", "link", "trainer"), k=moments)
-    return cases + [Case(p, "a random moment", number=n) for n, p in enumerate(processes, 1)]
+    yield [Case(p, "a random moment", number=n) for n, p in enumerate(processes, 1)]
 
 
 def _conclude(arena: Arena, results: list[Result]) -> None:

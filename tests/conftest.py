@@ -62,7 +62,7 @@ def finished_run(real: Field) -> FinishedRun:
     """Four rounds with co-learning, distillation and calibration."""
     strategy = [{"name": "co_learning"}, {"name": "self_distillation"}, {"name": "temperature"}]
     # A state that is over within a tenth of a second is not told, and with it how fast a site is.
-    local = {"work": {"epochs": 20}, "batch_size": 5, "lr": 0.05}
+    local = {"work": {"epochs": 8}, "batch_size": 5, "lr": 0.05}
     config = real.config("watched", rounds=4, strategy=strategy, local=local)
     run = real.federation.run(config, 200)
     assert run.state == "finished", run.reason

@@ -166,6 +166,7 @@ def test_the_kernel_spreads_connections(field: Gated) -> None:
 # -- what they carry ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_models_are_those_of_a_daemon_alone(
     field: Gated, undisturbed: list[Round], real: Field
 ) -> None:
@@ -178,6 +179,7 @@ def test_the_models_are_those_of_a_daemon_alone(
     assert len(field.accepted(undisturbed[0].run)) == 2 * 2 * len(SITES)
 
 
+@pytest.mark.slow
 def test_a_killed_gateway_costs_nothing(field: Gated, undisturbed: list[Round]) -> None:
     """In mid-upload: its sites go on through the other, and each contribution counts once."""
     field.clear()

@@ -71,8 +71,10 @@ export class Rounds {
     const state = round.state === "planned" ? "under way" : round.state;
     const attempt = round.attempt > 1 ? ` · attempt ${round.attempt}` : "";
     this.title.textContent = `Round ${round.round} of ${run.rounds} · ${state}${attempt}`;
-    this.reason.textContent = round.reason;
-    this.reason.hidden = !round.reason;
+    const released = round.held && round.state === "committed";
+    const reason = released ? `Released after it was held: ${round.held}` : round.reason;
+    this.reason.textContent = reason;
+    this.reason.hidden = !reason;
     this.table.update(round, run.sites, "Timeline", run.current === round.round);
     this.entry.replaceChildren(this.ledger(round), this.contributions(run, round));
   }

@@ -84,7 +84,7 @@ class Daemon:
         reach("daemon.ledger.opened")
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
-        self._put_deadlines_off()
+        self._take_up_rounds()
         reach("daemon.deadlines.moved")
         self.store = open_store(config, home.store, home.federation)
         self.store.clean()
@@ -357,12 +357,13 @@ class Daemon:
             running=next((r.name for r in runs if r.state == "running"), None),
         )
 
-    def _put_deadlines_off(self) -> None:
-        """Time with the daemon down does not count against a round."""
+    def _take_up_rounds(self) -> None:
+        """Time with the daemon down does not count against a round; what is finished does."""
         last = self.events.last_heartbeat()
         down = max(0.0, time.time() - last) if last is not None else 0.0
         for row in self.ledger.open_rounds():
-            if row.state == "planned" and down:
+            if row.state == "planned":
+                self.ledger.carry_over(row.run, row.round, row.attempt)
                 self.ledger.extend_deadline(row.run, row.round, row.attempt, down)
 
     def _beat(self) -> None:

@@ -47,6 +47,11 @@ def told(field: Field, run: str, words: str) -> Event:
     return field.federation.until(lambda e: words in e.text, run, timeout_s=60)
 
 
+def two_counted(event: Event) -> bool:
+    rows = event.data.get("sites", ()) if event.kind == "round" else ()
+    return sum(row["state"] == "counted" for row in rows) == 2
+
+
 # -- the main job -----------------------------------------------------------------------------------
 
 
@@ -295,11 +300,6 @@ def test_a_killed_daemon_goes_on_and_nothing_is_trained_twice(field: Field) -> N
     gate.touch()
     run = field.federation.launch(config)
     wait_for(field.switches["north"] / "reached", 60)
-
-    def two_counted(event: Event) -> bool:
-        rows = event.data.get("sites", ()) if event.kind == "round" else ()
-        return sum(row["state"] == "counted" for row in rows) == 2
-
     field.federation.until(two_counted, run)
     field.federation.kill_daemon()
     field.federation.start_daemon()
@@ -322,6 +322,24 @@ def test_finished_work_of_an_abandoned_attempt_counts_in_the_next(field: Field) 
     _, rounds = finished(field, run)
     assert rounds[0].attempt > 1
     assert not rounds[0].missing
+    per_round = 2 * 120 // 20
+    assert field.steps("south") == field.steps("east") == per_round
+
+
+@pytest.mark.slow
+def test_it_counts_too_if_the_daemon_is_killed_between_the_attempts(field: Field) -> None:
+    gate = field.switches["north"] / "gate"
+    gate.touch()
+    config = field.config("between", rounds=1, cohort={"quorum": "all", "deadline_s": 25})
+    run = field.federation.launch(config)
+    field.federation.until(two_counted, run)
+    field.federation.kill("orchestrator", at="round.planned")
+    field.federation.await_fault("orchestrator")
+    gate.unlink()
+    field.federation.revive()
+    field.federation.await_sites(SITES)
+    _, rounds = finished(field, run)
+    assert rounds[0].attempt > 1
     per_round = 2 * 120 // 20
     assert field.steps("south") == field.steps("east") == per_round
 

@@ -8,6 +8,7 @@ federation.revive()
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,8 +63,12 @@ class FaultyFederation(Federation):
         return (self.faults(who) / DONE).exists()
 
     def await_fault(self, who: str, timeout_s: float = 60.0) -> None:
-        """Wait until it has."""
+        """Wait until it has; and until the daemon or the agent that was killed is gone."""
         self.await_that(lambda: self.struck(who), f"the fault of {who}", timeout_s)
+        fault = Fault(**json.loads((self.faults(who) / DONE).read_text()))
+        process = next(process for process, at in reversed(self.trace(who)) if at == fault.at)
+        if fault.do == "kill" and process != "trainer":
+            self._children[DAEMON if who == ORCHESTRATOR else who].join(timeout_s)
 
     def await_that(
         self, so: Callable[[], bool], what: str, timeout_s: float, *, revive: bool = False

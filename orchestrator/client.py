@@ -178,8 +178,28 @@ class OperatorClient:
         """Drop the round that a run waits with; the next one starts from the last good model."""
         return self._one(views.Run, self._stub.Reject, operator_pb2.RunName(run=run))
 
+    def roll_back(self, run: str, round: int) -> views.Run:
+        """Let a run go on from an earlier round; those after it are taken back."""
+        request = operator_pb2.RollbackRequest(run=run, round=round)
+        return self._one(views.Run, self._stub.Rollback, request)
+
+    def verify(self, run: str) -> views.Verification:
+        """Check a run's ledger, and that the store has what it names."""
+        return self._one(views.Verification, self._stub.Verify, operator_pb2.RunName(run=run), None)
+
+    def replay(self, run: str, round: int) -> views.Replay:
+        """Compute a committed round again from what the sites sent."""
+        request = operator_pb2.ReplayRequest(run=run, round=round)
+        return self._one(views.Replay, self._stub.Replay, request, None)
+
     def export(
-        self, run: str, round: str, directory: Path, of: str = "", stored: bool = False
+        self,
+        run: str,
+        round: str,
+        directory: Path,
+        of: str = "",
+        stored: bool = False,
+        ledger: bool = False,
     ) -> list[Path]:
         """Write a round's model and what belongs to it into a folder.
 
@@ -191,8 +211,11 @@ class OperatorClient:
             directory: Made if it is not there; files of the same names are replaced.
             of: A strategy whose files are wanted instead of the model.
             stored: Whether the model is wanted with everything that only training needs.
+            ledger: Whether the run's ledger is wanted instead of the model.
         """
-        request = operator_pb2.ExportRequest(run=run, round=round, of=of, stored=stored)
+        request = operator_pb2.ExportRequest(
+            run=run, round=round, of=of, stored=stored, ledger=ledger
+        )
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
         try:

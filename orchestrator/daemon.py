@@ -32,7 +32,7 @@ from orchestrator.gateway.gateway_service import GatewayService
 from orchestrator.gateway.supervisor import Gateways, reserve
 from orchestrator.home import Home, split_address
 from orchestrator.intake import Intake
-from orchestrator.ledger import EventLog, Ledger
+from orchestrator.ledger import EventLog, Ledger, Signer
 from orchestrator.operator_service import OperatorService
 from orchestrator.operator_socket import GATEWAY, SOCKET_NAME, OperatorSocket
 from orchestrator.publisher import Publisher
@@ -82,6 +82,7 @@ class Daemon:
         self.ledger = Ledger.open(config.ledger.url or home.ledger)
         self._closing.callback(self.ledger.close)
         reach("daemon.ledger.opened")
+        self.ledger.sign_with(Signer(home.authority(), home.federation))
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
         self._take_up_rounds()

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.launching import committed_round
 from orchestrator.ledger import RoundRow, RunRow
+from orchestrator.ledger.transcript import NAME, transcript
 from orchestrator.rounds.engine import Engine, Model
 from orchestrator.run_config import RunConfig
 from protos.digest import canonical
@@ -19,7 +20,12 @@ from protos.errors import ConfigInvalid, NotFound
 
 @contextmanager
 def exported(
-    engine: Engine, name: str, which: str, of: str = "", stored: bool = False
+    engine: Engine,
+    name: str,
+    which: str,
+    of: str = "",
+    stored: bool = False,
+    ledger: bool = False,
 ) -> Iterator[list[Path]]:
     """The files of an export, in a folder that is gone afterwards.
 
@@ -33,12 +39,19 @@ def exported(
         which: A round, "best", or empty for the last.
         of: A strategy whose files are wanted instead; empty for the model.
         stored: Whether the model is wanted as it is stored, with everything that training needs.
+        ledger: Whether the run's ledger is wanted instead, for `farflung verify` elsewhere.
 
     Raises:
         NotFound: There is no such run or round, or the strategy kept no file there.
         ConfigInvalid: A strategy changes what is exported, and this orchestrator has no such task.
     """
     run = engine.ledger.run(name)
+    if ledger:
+        with engine.scratch(f"export-{run.id}") as folder:
+            with (folder / NAME).open("wb") as file:
+                file.writelines(transcript(engine.ledger, run.id))
+            yield [folder / NAME]
+        return
     row = committed_round(engine, run, which)
     if of:
         with engine.scratch(f"export-{run.id}-{row.round}") as folder:

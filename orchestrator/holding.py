@@ -50,6 +50,8 @@ def in_a_row(ledger: Ledger, run: str) -> int:
     """How many of the newest rounds were held, one after the other."""
     count = 0
     for row in reversed(ledger.rounds(run)):
+        if row.state == "superseded":
+            continue  # the run was rolled back behind it
         if not was_held(row):
             break
         count += 1

@@ -14,9 +14,12 @@ from orchestrator import holding, retention
 from orchestrator.exporting import exported
 from orchestrator.launching import launch
 from orchestrator.ledger import EventLog, Ledger, RoundRow
+from orchestrator.replaying import replay
+from orchestrator.rollback import roll_back
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
+from orchestrator.verifying import verify_run
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon, View
 from protos.errors import Conflict, InvalidInput
@@ -171,9 +174,7 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
             )
         if row.state not in ("queued", "running"):
             self._engine.ledger.set_run(row.id, state="queued", reason="")
-        self._changed(row.id)
-        self._runner.wake()
-        return _view(self._viewing.run(row.id))
+        return self._queued(row.id)
 
     def Release(
         self, request: operator_pb2.RunName, context: grpc.ServicerContext
@@ -194,15 +195,38 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
         row = ledger.run(run)
         decide(ledger, holding.for_decision(ledger, row))
         ledger.set_run(row.id, state="queued", reason="")
-        self._changed(row.id)
+        return self._queued(row.id)
+
+    def Rollback(
+        self, request: operator_pb2.RollbackRequest, context: grpc.ServicerContext
+    ) -> operator_pb2.View:
+        """Go on from an earlier round."""
+        row = roll_back(self._engine, request.run, request.round)
+        self._viewing.forget(row.id)
+        return self._queued(row.id)
+
+    def _queued(self, run: str) -> operator_pb2.View:
+        self._changed(run)
         self._runner.wake()
-        return _view(self._viewing.run(row.id))
+        return _view(self._viewing.run(run))
+
+    def Verify(
+        self, request: operator_pb2.RunName, context: grpc.ServicerContext
+    ) -> operator_pb2.View:
+        """Check a run's ledger and what it names."""
+        return _view(verify_run(self._engine, request.run))
+
+    def Replay(
+        self, request: operator_pb2.ReplayRequest, context: grpc.ServicerContext
+    ) -> operator_pb2.View:
+        """Compute a committed round again."""
+        return _view(replay(self._engine, request.run, request.round))
 
     def Export(
         self, request: operator_pb2.ExportRequest, context: grpc.ServicerContext
     ) -> Iterator[operator_pb2.FilePart]:
         """The files of an export, in parts; a file's parts follow one another."""
-        asked = (request.run, request.round, request.of, request.stored)
+        asked = (request.run, request.round, request.of, request.stored, request.ledger)
         with exported(self._engine, *asked) as files:
             for path in files:
                 yield operator_pb2.FilePart(name=path.name, data=b"")

@@ -61,6 +61,7 @@ def needed(engine: Engine, run: RunRow, retention: RetentionSection) -> set[str]
             keep |= {row.base, row.model, row.outer_state}
     last = history[-1].round if history else -1
     for row in ledger.rounds(run.id, all_attempts=True):
-        if row.round > last:  # finished work that a later attempt may count
+        if row.round > last and row.state != "superseded":
+            # Finished work that a later attempt may count.
             keep |= {c.index for c in ledger.contributions(run.id, row.round, row.attempt)}
     return keep - {""}

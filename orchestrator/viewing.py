@@ -178,13 +178,19 @@ class Viewing:
     def _history(self, run: str) -> list[RoundRow]:
         """The committed rounds from 1 on, without what only the rounds' own views show.
 
-        What is committed stays, so each is read once: this is asked after every round.
+        What is committed stays, but for a rollback (`forget`), so each is read once: this is asked
+        after every round.
         """
         with self._reading:
             past = self._past.setdefault(run, [])
             newest = past[-1].round if past else 0
             past += [_outline(row) for row in self._ledger.history(run, after=newest)]
             return list(past)
+
+    def forget(self, run: str) -> None:
+        """A run's history is not what it was: it was rolled back."""
+        with self._reading:
+            self._past.pop(run, None)
 
     def _asked(self, config: RunConfig) -> tuple[str, ...]:
         if config.cohort.sites != "all":

@@ -25,7 +25,7 @@ WorkState = Literal[
 
 RunState = Literal["queued", "running", "finished", "stopped", "paused", "failed"]
 
-RoundState = Literal["planned", "closed", "held", "committed", "abandoned"]
+RoundState = Literal["planned", "closed", "held", "committed", "abandoned", "superseded"]
 
 
 class View(BaseModel):
@@ -242,3 +242,81 @@ class Collected(View):
     bytes: int
     kept: int
     names: tuple[str, ...] = ()
+
+
+class Finding(View):
+    """Something that a check of a ledger came upon.
+
+    Attributes:
+        text: What is wrong, where, in words.
+        entry: Number of the entry in the run's chain; 0 for what stands before the first, None for
+            what no entry tells.
+    """
+
+    text: str
+    entry: int | None = None
+    round: int | None = None
+    site: str = ""
+
+
+class Verification(View):
+    """What `verify` found in a run's ledger, or in an export of one.
+
+    Attributes:
+        committed: Rounds whose models were checked, the first base among them.
+        contributions: Contributions whose signatures were checked.
+        digest: Of the newest entry: with it somebody else's copy is compared.
+        sealed: When the export was made; None for the ledger itself.
+        problems: What is lost, doubled, altered, out of order, or was never acknowledged.
+        erased: What is not there any more because retention or an operator removed it.
+    """
+
+    federation: str
+    run: str
+    entries: int
+    committed: int
+    contributions: int
+    digest: str
+    sealed: float | None = None
+    problems: tuple[Finding, ...] = ()
+    erased: tuple[Finding, ...] = ()
+
+
+class Compared(View):
+    """One result of a round, as it was recorded and as it was computed again.
+
+    Attributes:
+        what: model, outer state, memos, scores, …
+        recorded: Its digest; empty for none.
+        computed: The same of what came out now.
+        tensors: Where they differ, if the recorded bytes are there to be compared.
+    """
+
+    what: str
+    recorded: str
+    computed: str
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return self.recorded == self.computed
+
+
+class Replay(View):
+    """A committed round, computed again from what the sites sent.
+
+    Attributes:
+        sites: Whose contributions it was computed from.
+        identical: Whether everything that was compared is the same.
+        notes: What was not computed again, and why.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    sites: tuple[str, ...]
+    identical: bool
+    compared: tuple[Compared, ...]
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0

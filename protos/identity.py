@@ -2,8 +2,9 @@
 
 Keys are ECDSA on P-256. The authority signs leaves whose only subject alternative names are a
 SPIFFE URI that says the role, ``spiffe://FEDERATION/ROLE/NAME`` with ROLE ``orchestrator``,
-``site`` or ``bootstrap``, and for the orchestrator the host names it is reached under. Access is
-decided on the URI and on the certificate's fingerprint, never on the common name.
+``site``, ``bootstrap`` or ``ledger``, and for the orchestrator the host names it is reached under.
+Access is decided on the URI and on the certificate's fingerprint, never on the common name. A
+``ledger`` certificate opens no door: its key, Ed25519, signs what the orchestrator has committed.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Literal
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protos.digest import canonical, digest
 from protos.errors import InvalidInput, NotEnrolled
 
-Role = Literal["orchestrator", "site", "bootstrap"]
+Role = Literal["orchestrator", "site", "bootstrap", "ledger"]
+ROLES: tuple[Role, ...] = ("orchestrator", "site", "bootstrap", "ledger")
 Key = ec.EllipticCurvePrivateKey
 
 AUTHORITY_LIFE = timedelta(days=3650)
@@ -33,6 +35,11 @@ CLOCK_SKEW = timedelta(minutes=10)
 """Certificates start this much in the past, for sites whose clocks are behind."""
 
 SIGNATURE_DOMAIN = b"farflung.v1 contribution\x00"
+PURPOSES = {
+    "orchestrator": ExtendedKeyUsageOID.SERVER_AUTH,
+    "ledger": x509.ObjectIdentifier("1.3.6.1.5.5.7.3.36"),  # signing of documents, RFC 9336
+}
+"""What a role's certificate is for; of those that are not here, to call."""
 TOKEN_PREFIX = "farflung-join-1."
 MAX_TOKEN_CHARS = 16_384
 CHECKSUM_BYTES = 6
@@ -45,7 +52,7 @@ class Identity:
 
     Attributes:
         federation: Id of the federation.
-        role: orchestrator, site or bootstrap.
+        role: orchestrator, site, bootstrap or ledger.
         name: Site name, token id, or "orchestrator".
     """
 
@@ -69,9 +76,9 @@ class Identity:
         if not uri.startswith("spiffe://") or len(parts) != 3 or not all(parts):
             raise NotEnrolled(f"certificate: {uri!r} is not an identity of a federation")
         federation, role, name = parts
-        if role not in ("orchestrator", "site", "bootstrap"):
+        if role not in ROLES:
             raise NotEnrolled(f"certificate: unknown role {role!r}")
-        return cls(federation, role, name)  # type: ignore[arg-type]
+        return cls(federation, role, name)
 
 
 def new_key() -> Key:
@@ -176,7 +183,7 @@ def requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
 
 def issue(
     authority: tuple[Key, x509.Certificate],
-    key: ec.EllipticCurvePublicKey,
+    key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
     identity: Identity,
     life: timedelta,
     hosts: tuple[str, ...] = (),
@@ -200,8 +207,7 @@ def issue(
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
             names.append(x509.DNSName(host))
-    server = identity.role == "orchestrator"
-    purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    purpose = PURPOSES.get(identity.role, ExtendedKeyUsageOID.CLIENT_AUTH)
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])]))
@@ -250,6 +256,30 @@ def identity_of(certificate: x509.Certificate) -> Identity:
     if len(uris) != 1:
         raise NotEnrolled("certificate: it must carry exactly one identity")
     return Identity.parse(uris[0])
+
+
+def check_issued(authority: x509.Certificate, certificate: x509.Certificate) -> Identity:
+    """What a certificate says, its chain verified here and not by a handshake.
+
+    Raises:
+        NotEnrolled: The authority did not sign it.
+    """
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise NotEnrolled("certificate: this federation's authority did not sign it") from None
+    return identity_of(certificate)
+
+
+def check_valid(certificate: x509.Certificate, time: float) -> None:
+    """Check that a certificate was valid at a time, seconds since the epoch.
+
+    Raises:
+        NotEnrolled: It was not.
+    """
+    when = datetime.fromtimestamp(time, UTC)
+    if not certificate.not_valid_before_utc <= when <= certificate.not_valid_after_utc:
+        raise NotEnrolled(f"certificate: it was not valid on {when:%Y-%m-%d %H:%M:%S} UTC")
 
 
 def sign_header(key: Key, header: bytes, plan_id: str, site: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from orchestrator.cli import catalogue, compare, daemon, measure, runs, show, sites, upkeep
+from orchestrator.cli import catalogue, check, compare, daemon, measure, runs, show, sites, upkeep
 from orchestrator.cli.output import complain
 from protos.errors import ERRORS, FarflungError, row
 
@@ -74,9 +74,12 @@ app.command(rich_help_panel=RUNS)(runs.stop)
 app.command(rich_help_panel=RUNS)(runs.extend)
 app.command(rich_help_panel=RUNS)(runs.release)
 app.command(rich_help_panel=RUNS)(runs.reject)
+app.command(rich_help_panel=RUNS)(runs.rollback)
 app.command("runs", rich_help_panel=RUNS)(show.list_runs)
 app.command("rounds", rich_help_panel=RUNS)(show.list_rounds)
 app.command(rich_help_panel=RUNS)(show.export)
+app.command(rich_help_panel=RUNS)(check.verify)
+app.command(rich_help_panel=RUNS)(check.replay)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("strategies", rich_help_panel=MORE)(catalogue.strategies)
 app.command(rich_help_panel=MORE)(measure.demo)

@@ -1,4 +1,4 @@
-"""`farflung launch`, `watch`, `stop`, `extend`, `release` and `reject`: what moves a run."""
+"""`farflung launch`, `watch`, `stop`, `extend`, `release`, `reject` and `rollback`: what moves a run."""
 
 from __future__ import annotations
 
@@ -147,3 +147,25 @@ def reject(run: Run, home: Home = None, as_json: Json = False) -> None:
         print_json(rejected)
         return
     say(f"Run {rejected.name}: the held round is dropped; it is {rejected.state}.")
+
+
+def rollback(
+    run: Run,
+    round: Annotated[
+        int, typer.Argument(metavar="ROUND", min=0, help="The last round that stays.")
+    ],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Let a stopped, paused or finished run go on from an earlier round.
+
+    The rounds after it stay in the ledger as superseded, and are trained again.
+
+    Example: `farflung rollback fashion 7`
+    """
+    with operator(home) as client:
+        back = client.roll_back(run, round)
+    if as_json:
+        print_json(back)
+        return
+    say(f"Run {back.name} goes on from round {round} of {back.rounds}; it is {back.state}.")

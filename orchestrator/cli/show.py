@@ -82,6 +82,14 @@ def export(
             "branches, a teacher): a run can start from it.",
         ),
     ] = False,
+    ledger: Annotated[
+        bool,
+        typer.Option(
+            "--ledger",
+            help="The run's ledger instead of a model (ledger.jsonl): what anybody needs, with the "
+            "authority's certificate, to check it with `farflung verify`.",
+        ),
+    ] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -89,13 +97,14 @@ def export(
 
     Example: `farflung export fashion --round best ./fashion-model`
     Or, what was distilled beside it: `farflung export fashion --of student ./fashion-student`
+    Or, to be checked elsewhere: `farflung export fashion --ledger ./fashion-ledger`
     """
     from protos.errors import InvalidInput
 
     if round not in ("", "best") and not round.isdecimal():
         raise InvalidInput(f'--round: "{round}" is neither a number nor "best"')
     with operator(home) as client:
-        files = client.export(run, round, directory, of, stored)
+        files = client.export(run, round, directory, of, stored, ledger)
     if as_json:
         print_json({"directory": str(directory), "files": [file.name for file in files]})
         return

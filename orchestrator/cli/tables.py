@@ -17,7 +17,7 @@ STATE_STYLES = {
     "attached": "green", "gone": "red", "revoked": "red", "paused": "yellow", "failed": "bold red",
     "running": "cyan", "finished": "green", "refused": "bold red", "late": "yellow",
     "counted": "green", "committed": "green", "abandoned": "red", "held": "yellow",
-    "training": "cyan", "sending": "cyan", "fetching": "cyan",
+    "superseded": "yellow", "training": "cyan", "sending": "cyan", "fetching": "cyan",
 }  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def notes(entry: views.Round) -> str:
     found += [f"{p.name} {cost(p)}" for p in entry.plugins if p.cpu_seconds is not None]
     if entry.held and entry.state == "committed":
         found.append(f"released after it was held: {entry.held}")
-    if entry.reason and (entry.missing or entry.state in ("held", "abandoned")):
+    if entry.reason and (entry.missing or entry.state in ("held", "abandoned", "superseded")):
         found.append(entry.reason)
     return "; ".join(found)
 

@@ -17,9 +17,11 @@ from orchestrator.ledger.rows import (
     PlanRow,
     RoundRow,
     RunRow,
+    SignatureRow,
     SiteRow,
     TokenRow,
 )
+from orchestrator.ledger.signatures import Signer
 
 __all__ = [
     "Acceptance",
@@ -34,6 +36,8 @@ __all__ = [
     "PlanRow",
     "RoundRow",
     "RunRow",
+    "SignatureRow",
+    "Signer",
     "SiteRow",
     "TokenRow",
 ]

@@ -29,23 +29,15 @@ _APPEND = sa.insert(ENTRIES)
 
 def append(
     db: sa.Connection, run: str, kind: EntryKind, time: float, document: dict[str, Any]
-) -> None:
-    """Add an entry, in the transaction of what it tells."""
+) -> Entry:
+    """Add an entry, in the transaction of what it tells; gives it."""
     last = db.execute(_NEWEST, {"the_run": run}).first()
     number, previous = (last.number + 1, last.digest) if last else (1, "")
     text = canonical(document).decode()
-    db.execute(
-        _APPEND,
-        {
-            "run": run,
-            "number": number,
-            "kind": kind,
-            "time": time,
-            "document": text,
-            "previous": previous,
-            "digest": _digest(run, number, kind, time, text, previous),
-        },
-    )
+    name = entry_digest(run, number, kind, time, text, previous)
+    made = Entry(run, number, kind, time, text, previous, name)
+    db.execute(_APPEND, {field: getattr(made, field) for field in Entry.__slots__})
+    return made
 
 
 def entries(db: sa.Connection, run: str) -> list[Entry]:
@@ -62,7 +54,7 @@ def verify(run: str, chain: list[Entry]) -> str:
     """
     previous = ""
     for number, entry in enumerate(chain, 1):
-        right = _digest(run, number, entry.kind, entry.time, entry.document, previous)
+        right = entry_digest(run, number, entry.kind, entry.time, entry.document, previous)
         if (entry.number, entry.previous, entry.digest) != (number, previous, right):
             raise DataCorrupt(
                 f"ledger of run {run}: entry {number} ({entry.kind}) is not what was written."
@@ -74,5 +66,8 @@ def verify(run: str, chain: list[Entry]) -> str:
     return previous
 
 
-def _digest(run: str, number: int, kind: str, time: float, document: str, previous: str) -> str:
+def entry_digest(
+    run: str, number: int, kind: str, time: float, document: str, previous: str
+) -> str:
+    """The digest of an entry, and through ``previous`` of all before it."""
     return digest(canonical([run, number, kind, time, document, previous]))

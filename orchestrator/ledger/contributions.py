@@ -21,6 +21,7 @@ from orchestrator.ledger.plans import (
 )
 from orchestrator.ledger.rows import Acceptance, ContributionRow, PlanKind, PlanRow
 from orchestrator.ledger.runs import find
+from protos.digest import digest
 from protos.errors import NotFound
 from protos.faults import reach
 
@@ -118,16 +119,19 @@ class Contributions(Plans):
         with self._reading() as db:
             return [row[0] for row in db.execute(query)]
 
-    def contribution(self, digest: str) -> ContributionRow:
+    def contribution(self, name: str) -> ContributionRow:
         """One contribution, counted or late.
+
+        Args:
+            name: Its digest.
 
         Raises:
             NotFound: There is none of that digest.
         """
         with self._reading() as db:
-            found = _find(db, digest)
+            found = _find(db, name)
         if found is None:
-            raise NotFound(f"contribution {digest[:12]}: not in the ledger", digest=digest[:64])
+            raise NotFound(f"contribution {name[:12]}: not in the ledger", digest=name[:64])
         return found
 
     def all_last_counted(
@@ -192,7 +196,13 @@ def _accept(db: sa.Connection, row: ContributionRow, now: float) -> Acceptance:
     reach("accept.inserted")
     set_answer(db, target, "counted", now, contribution=row.digest)
     reach("accept.answered")
-    chain.append(db, plan.run, "accepted", now, {"contribution": row.digest, "plan": target.id})
+    document = {
+        "contribution": row.digest,
+        "plan": target.id,
+        "signature": digest(row.signature),
+        "certificate": row.fingerprint,
+    }
+    chain.append(db, plan.run, "accepted", now, document)
     reach("accept.chained")
     return Acceptance("counted", target.id)
 
@@ -233,16 +243,30 @@ def _same_work(table: sa.Table, plan: PlanRow) -> sa.ColumnElement[bool]:
 
 
 def _finished(db: sa.Connection, plan: PlanRow) -> ContributionRow | None:
-    """The newest contribution of another attempt that did the same work."""
+    """The newest contribution of another attempt that did the same work.
+
+    Not of one that was taken back: whoever rolls a run back does not want the same again.
+    """
     query = (
         sa.select(CONTRIBUTIONS)
         .where(_same_work(CONTRIBUTIONS, plan), CONTRIBUTIONS.c.verdict == "counted")
         .where(CONTRIBUTIONS.c.attempt < plan.attempt)
+        .where(CONTRIBUTIONS.c.digest.not_in(_taken_back(plan)))
         .order_by(CONTRIBUTIONS.c.attempt.desc())
         .limit(1)
     )
     row = db.execute(query).first()
     return None if row is None else ContributionRow(*row)
+
+
+def _taken_back(plan: PlanRow) -> sa.Select[Any]:
+    """What counted for attempts of a plan's round that were committed and rolled back."""
+    return (
+        sa.select(PLANS.c.contribution)
+        .join(ROUNDS, _OF_ONE_ATTEMPT)
+        .where(ROUNDS.c.run == plan.run, ROUNDS.c.round == plan.round)
+        .where(ROUNDS.c.state == "superseded", PLANS.c.contribution.is_not(None))
+    )
 
 
 def _insert(db: sa.Connection, plan: PlanRow, row: ContributionRow, verdict: str) -> None:
@@ -265,7 +289,7 @@ def _newest(db: sa.Connection, run: str, site: str, before: int | None) -> str:
     )
     if before is not None:
         query = query.where(ROUNDS.c.round < before)
-    for digest, closed_set in db.execute(query):
-        if digest in json.loads(closed_set):
-            return str(digest)
+    for name, closed_set in db.execute(query):
+        if name in json.loads(closed_set):
+            return str(name)
     return ""

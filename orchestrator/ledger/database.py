@@ -19,7 +19,7 @@ from orchestrator.ledger import tables
 from protos.errors import ConfigInvalid, Conflict, DataCorrupt, OutOfSpace, Unavailable
 from protos.faults import reach
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration. A ledger that has it is opened without loading alembic (0.3 s)."""
 
 BUSY_S = 5.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from orchestrator.ledger.contributions import Contributions
-from orchestrator.ledger.rounds import Rounds
+from orchestrator.ledger.rollbacks import Rollbacks
 from orchestrator.ledger.sites import Sites
 
 
-class Ledger(Sites, Rounds, Contributions):
+class Ledger(Sites, Rollbacks, Contributions):
     """Everything that must survive: open it with `Ledger.open`.
 
     Safe for use from many threads. Every method is one transaction: when it returns, what it

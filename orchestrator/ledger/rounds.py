@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -13,8 +13,9 @@ from orchestrator.ledger import chain, tables
 from orchestrator.ledger.database import plain, to_json
 from orchestrator.ledger.exchanges import Exchanges, begin, end
 from orchestrator.ledger.plans import of_attempt, plan_digests, plans_of
-from orchestrator.ledger.rows import PlanRow, RoundRow
+from orchestrator.ledger.rows import Entry, PlanRow, RoundRow
 from orchestrator.ledger.runs import Runs, find
+from orchestrator.ledger.signatures import Signatures
 from orchestrator.views import RoundState
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
@@ -61,7 +62,7 @@ _NOW_AT = (
 )
 
 
-class Rounds(Runs, Exchanges):
+class Rounds(Runs, Exchanges, Signatures):
     """The part of the ledger that knows runs, their rounds, and the attempts at these."""
 
     def plan_round(
@@ -91,9 +92,9 @@ class Rounds(Runs, Exchanges):
         with self._writing() as db:
             run = find(db, row.run, lock=True)
             if abandoning:
-                for old in _rows(db, ROUNDS.c.run == run.id, ROUNDS.c.state.in_(UNDER_WAY)):
+                for old in select_rounds(db, ROUNDS.c.run == run.id, ROUNDS.c.state.in_(UNDER_WAY)):
                     if old.round == row.round:
-                        _step(db, old, UNDER_WAY, "abandoned", now, reason=abandoning)
+                        step(db, old, UNDER_WAY, "abandoned", now, reason=abandoning)
             _check_free(db, row)
             values = {name: getattr(row, name) for name in RoundRow.__slots__}
             for name in _AS_JSON:
@@ -157,7 +158,7 @@ class Rounds(Runs, Exchanges):
             if closed_set is not None and set(chosen) != set(closed_set):
                 other = min(set(closed_set) - set(chosen))
                 raise Conflict(f"{_where(row)}: contribution {other[:12]} does not count for it")
-            return _step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
+            return step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
 
     def hold_round(
         self,
@@ -178,13 +179,13 @@ class Rounds(Runs, Exchanges):
         """
         with self._writing() as db:
             row = _row(db, run, round, attempt)
-            result = {
+            result: dict[str, Any] = {
                 "model": model,
                 "outer_state": outer_state,
                 "memos": memos or {},
                 "summary": summary or {},
             }
-            return _step(db, row, ("closed",), "held", self._clock(), reason=reason, **result)
+            return step(db, row, ("closed",), "held", self._clock(), reason=reason, **result)
 
     def abandon_round(self, run: str, round: int, attempt: int, reason: str) -> RoundRow:
         """Give an attempt up, planned, closed or held.
@@ -194,7 +195,7 @@ class Rounds(Runs, Exchanges):
         """
         with self._writing() as db:
             row = _row(db, run, round, attempt)
-            return _step(db, row, UNDER_WAY, "abandoned", self._clock(), reason=reason)
+            return step(db, row, UNDER_WAY, "abandoned", self._clock(), reason=reason)
 
     def commit_round(
         self,
@@ -209,7 +210,8 @@ class Rounds(Runs, Exchanges):
     ) -> RoundRow:
         """Commit a closed or held round, and make its model the run's. Gives the row afterwards.
 
-        Before this the round does not exist, afterwards it does. None keeps what was held.
+        Its entry is signed, if somebody signs here (`sign_with`). Before this the round does not
+        exist, afterwards it does. None keeps what was held.
 
         Raises:
             Conflict: It is neither closed nor held.
@@ -223,14 +225,15 @@ class Rounds(Runs, Exchanges):
                 "memos": row.memos if memos is None else memos,
                 "summary": row.summary if summary is None else summary,
             }
-            done = _step(db, row, ("closed", "held"), "committed", self._clock(), **result)
+            now = self._clock()
+            done = step(db, row, ("closed", "held"), "committed", now, self._sign, **result)
             db.execute(_NOW_AT, {"the_run": run, "model": model, "outer_state": outer})
             return done
 
     def rounds(self, run: str, all_attempts: bool = False) -> list[RoundRow]:
         """The rounds of a run in order: of each the last attempt, or all of them."""
         with self._reading() as db:
-            rows = _rows(db, ROUNDS.c.run == self._id(db, run))
+            rows = select_rounds(db, ROUNDS.c.run == self._id(db, run))
         return rows if all_attempts else list({row.round: row for row in rows}.values())
 
     def round(self, run: str, number: int, attempt: int | None = None) -> RoundRow:
@@ -262,10 +265,11 @@ class Rounds(Runs, Exchanges):
     def open_rounds(self) -> list[RoundRow]:
         """Attempts of all runs that are planned, closed or held: what a start goes on with."""
         with self._reading() as db:
-            return _rows(db, ROUNDS.c.state.in_(UNDER_WAY))
+            return select_rounds(db, ROUNDS.c.state.in_(UNDER_WAY))
 
 
-def _rows(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[RoundRow]:
+def select_rounds(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[RoundRow]:
+    """Attempts by run, round and attempt."""
     return [_round(row) for row in db.execute(_IN_ORDER.where(*where))]
 
 
@@ -307,12 +311,13 @@ def _check_free(db: sa.Connection, row: RoundRow) -> None:
             raise Conflict(f"{_where(row)}: there was attempt {other.attempt} before")
 
 
-def _step(
+def step(
     db: sa.Connection,
     row: RoundRow,
     before: Sequence[RoundState],
-    after: RoundState,
+    after: Literal["closed", "held", "committed", "abandoned"],
     now: float,
+    sign: Callable[[sa.Connection, Entry], None] | None = None,
     **values: Any,
 ) -> RoundRow:
     """Move an attempt on, if it is where it should be; whatever is open closes. Gives the new row."""
@@ -329,13 +334,17 @@ def _step(
         elif name != "state":
             document[name] = value
     if after == "committed":
-        document["closed_set"] = list(row.closed_set)
+        config = sa.select(RUNS.c.config_digest).where(RUNS.c.id == row.run)
+        document |= {"closed_set": list(row.closed_set), "base": row.base}
+        document["config"] = db.scalar(config)
     if after != "held":
         values["closed" if after == "closed" else "ended"] = now
     which = of_attempt(ROUNDS, row.run, row.round, row.attempt) & ROUNDS.c.state.in_(before)
     if not db.execute(sa.update(ROUNDS).where(which).values(values)).rowcount:
         raise _wrong_state(row, before, after)
-    chain.append(db, row.run, after, now, document)
+    entry = chain.append(db, row.run, after, now, document)
+    if sign is not None:
+        sign(db, entry)
     reach("round.stepped")
     return replace(row, **_decoded(values))
 

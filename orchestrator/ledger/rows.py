@@ -21,7 +21,7 @@ arrives after all, while the exchange is open, takes their place. The others are
 
 EntryKind = Literal[
     "created", "extended", "planned", "opened", "accepted", "carried",
-    "closed", "held", "committed", "abandoned",
+    "closed", "held", "committed", "abandoned", "rolled_back",
 ]  # fmt: skip
 
 
@@ -131,7 +131,8 @@ class RoundRow:
         run: Id of the run.
         round: 1, 2, …; 0 for the exchange that makes the first base.
         attempt: 1, 2, …
-        state: planned → closed → [held] → committed, or abandoned from any of the first three.
+        state: planned → closed → [held] → committed, or abandoned from any of the first three;
+            superseded, if the run was rolled back to before it after it was committed.
         base: Digest of the index of the base.
         draft: What was planned, as data.
         quorum: Least number of contributions.
@@ -287,3 +288,20 @@ class Entry:
     document: str
     previous: str
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignatureRow:
+    """What the orchestrator signed.
+
+    Attributes:
+        time: When.
+        fingerprint: Of the certificate of the key.
+        value: The signature.
+        pem: That certificate.
+    """
+
+    time: float
+    fingerprint: str
+    value: bytes
+    pem: bytes

@@ -205,3 +205,21 @@ entries = Table(
     Column("previous", String(64), nullable=False),
     Column("digest", String(64), nullable=False),
 )
+
+signers = Table(
+    "signers",
+    metadata,
+    Column("fingerprint", String(64), primary_key=True),
+    Column("pem", LargeBinary, nullable=False),
+)
+
+signatures = Table(
+    "signatures",
+    metadata,
+    Column("run", String(63), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("time", Double, nullable=False),
+    Column("fingerprint", String(64), ForeignKey("signers.fingerprint"), nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["run", "number"], ["entries.run", "entries.number"]),
+)

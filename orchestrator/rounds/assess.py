@@ -122,7 +122,7 @@ def _assessed(
     if gathered.decision.kind != "close":
         return Assessment(missing=gathered.missing)
     start = time.monotonic()
-    found = _evaluate(engine, planned, kind, True)
+    found = evaluate(engine, planned, kind, True)
     reach("assess.scored")
     return Assessment(
         True,
@@ -147,7 +147,7 @@ def _calibrated(
     assessed = replace(assessed, missing={**assessed.missing, **gathered.missing})
     if gathered.decision.kind != "close":
         return assessed
-    second = _evaluate(engine, planned, "reassess", False)
+    second = evaluate(engine, planned, "reassess", False)
     reach("assess.rated")
     return replace(
         assessed,
@@ -196,7 +196,8 @@ def _exchange(
     return gathered
 
 
-def _evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool) -> dict[str, Any]:
+def evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool) -> dict[str, Any]:
+    """What follows from the sums that count for an exchange; see `arithmetic.assessment.assess`."""
     row = planned.row
     rows = engine.ledger.contributions(row.run, row.round, row.attempt, kind)
     with engine.scratch(f"assess-{planned.name}") as folder:

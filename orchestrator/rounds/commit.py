@@ -58,8 +58,8 @@ def summary(
         "files": candidate.files,
         "plugins": [p.model_dump(mode="json") for p in _plugins(candidate, assessed)],
         "assessed": assessed.done,
-        "scores": _finite(assessed.scores),
-        "site_scores": {s: _finite(v) for s, v in assessed.sites.items()},
+        "scores": finite(assessed.scores),
+        "site_scores": {s: finite(v) for s, v in assessed.sites.items()},
         "reliability": assessed.reliability,
         "calibration": assessed.calibration,
         "work": {k: v for k, v in draft["work"].items() if v is not None},
@@ -83,5 +83,6 @@ def _plugins(candidate: Candidate, assessed: Assessment) -> list[Plugin]:
     return out
 
 
-def _finite(values: dict[str, float]) -> dict[str, float]:
+def finite(values: dict[str, float]) -> dict[str, float]:
+    """The scores that are numbers, as a round's summary has them."""
     return {k: v for k, v in values.items() if math.isfinite(v)}

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/operator.proto\x12\x0b\x66\x61rflung.v1\"\x07\n\x05\x45mpty\"\x14\n\x04View\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x18\n\x08SiteName\x12\x0c\n\x04site\x18\x01 \x01(\t\"\x16\n\x07RunName\x12\x0b\n\x03run\x18\x01 \x01(\t\".\n\rInviteRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07valid_s\x18\x02 \x01(\x01\"-\n\x0bInviteReply\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07\x65xpires\x18\x02 \x01(\t\"G\n\rLaunchRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x12\n\nstart_from\x18\x02 \x01(\t\x12\x12\n\nstart_file\x18\x03 \x01(\x0c\":\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\'\n\x0bStopRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03now\x18\x02 \x01(\x08\",\n\rExtendRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\"G\n\rExportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\t\x12\n\n\x02of\x18\x03 \x01(\t\x12\x0e\n\x06stored\x18\x04 \x01(\x08\"&\n\x08\x46ilePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"!\n\x0e\x43ollectRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x32\xb2\x06\n\x08Operator\x12/\n\x06Status\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12>\n\x06Invite\x12\x1a.farflung.v1.InviteRequest\x1a\x18.farflung.v1.InviteReply\x12\x32\n\x06Revoke\x12\x15.farflung.v1.SiteName\x1a\x11.farflung.v1.View\x12.\n\x05Sites\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12\x37\n\x06Launch\x12\x1a.farflung.v1.LaunchRequest\x1a\x11.farflung.v1.View\x12-\n\x04Runs\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12.\n\x03Run\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x31\n\x06Rounds\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x37\n\x05Watch\x12\x19.farflung.v1.WatchRequest\x1a\x11.farflung.v1.View0\x01\x12\x33\n\x04Stop\x12\x18.farflung.v1.StopRequest\x1a\x11.farflung.v1.View\x12\x37\n\x06\x45xtend\x12\x1a.farflung.v1.ExtendRequest\x1a\x11.farflung.v1.View\x12\x32\n\x07Release\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x31\n\x06Reject\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12=\n\x06\x45xport\x12\x1a.farflung.v1.ExportRequest\x1a\x15.farflung.v1.FilePart0\x01\x12\x39\n\x07\x43ollect\x12\x1b.farflung.v1.CollectRequest\x1a\x11.farflung.v1.Viewb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/operator.proto\x12\x0b\x66\x61rflung.v1\"\x07\n\x05\x45mpty\"\x14\n\x04View\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x18\n\x08SiteName\x12\x0c\n\x04site\x18\x01 \x01(\t\"\x16\n\x07RunName\x12\x0b\n\x03run\x18\x01 \x01(\t\".\n\rInviteRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07valid_s\x18\x02 \x01(\x01\"-\n\x0bInviteReply\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07\x65xpires\x18\x02 \x01(\t\"G\n\rLaunchRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x12\n\nstart_from\x18\x02 \x01(\t\x12\x12\n\nstart_file\x18\x03 \x01(\x0c\":\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\'\n\x0bStopRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03now\x18\x02 \x01(\x08\",\n\rExtendRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\"-\n\x0fRollbackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"+\n\rReplayRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\"W\n\rExportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\t\x12\n\n\x02of\x18\x03 \x01(\t\x12\x0e\n\x06stored\x18\x04 \x01(\x08\x12\x0e\n\x06ledger\x18\x05 \x01(\x08\"&\n\x08\x46ilePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"!\n\x0e\x43ollectRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x32\xdb\x07\n\x08Operator\x12/\n\x06Status\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12>\n\x06Invite\x12\x1a.farflung.v1.InviteRequest\x1a\x18.farflung.v1.InviteReply\x12\x32\n\x06Revoke\x12\x15.farflung.v1.SiteName\x1a\x11.farflung.v1.View\x12.\n\x05Sites\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12\x37\n\x06Launch\x12\x1a.farflung.v1.LaunchRequest\x1a\x11.farflung.v1.View\x12-\n\x04Runs\x12\x12.farflung.v1.Empty\x1a\x11.farflung.v1.View\x12.\n\x03Run\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x31\n\x06Rounds\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x37\n\x05Watch\x12\x19.farflung.v1.WatchRequest\x1a\x11.farflung.v1.View0\x01\x12\x33\n\x04Stop\x12\x18.farflung.v1.StopRequest\x1a\x11.farflung.v1.View\x12\x37\n\x06\x45xtend\x12\x1a.farflung.v1.ExtendRequest\x1a\x11.farflung.v1.View\x12\x32\n\x07Release\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x31\n\x06Reject\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12;\n\x08Rollback\x12\x1c.farflung.v1.RollbackRequest\x1a\x11.farflung.v1.View\x12\x31\n\x06Verify\x12\x14.farflung.v1.RunName\x1a\x11.farflung.v1.View\x12\x37\n\x06Replay\x12\x1a.farflung.v1.ReplayRequest\x1a\x11.farflung.v1.View\x12=\n\x06\x45xport\x12\x1a.farflung.v1.ExportRequest\x1a\x15.farflung.v1.FilePart0\x01\x12\x39\n\x07\x43ollect\x12\x1b.farflung.v1.CollectRequest\x1a\x11.farflung.v1.Viewb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,12 +51,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPREQUEST']._serialized_end=389
   _globals['_EXTENDREQUEST']._serialized_start=391
   _globals['_EXTENDREQUEST']._serialized_end=435
-  _globals['_EXPORTREQUEST']._serialized_start=437
-  _globals['_EXPORTREQUEST']._serialized_end=508
-  _globals['_FILEPART']._serialized_start=510
-  _globals['_FILEPART']._serialized_end=548
-  _globals['_COLLECTREQUEST']._serialized_start=550
-  _globals['_COLLECTREQUEST']._serialized_end=583
-  _globals['_OPERATOR']._serialized_start=586
-  _globals['_OPERATOR']._serialized_end=1404
+  _globals['_ROLLBACKREQUEST']._serialized_start=437
+  _globals['_ROLLBACKREQUEST']._serialized_end=482
+  _globals['_REPLAYREQUEST']._serialized_start=484
+  _globals['_REPLAYREQUEST']._serialized_end=527
+  _globals['_EXPORTREQUEST']._serialized_start=529
+  _globals['_EXPORTREQUEST']._serialized_end=616
+  _globals['_FILEPART']._serialized_start=618
+  _globals['_FILEPART']._serialized_end=656
+  _globals['_COLLECTREQUEST']._serialized_start=658
+  _globals['_COLLECTREQUEST']._serialized_end=691
+  _globals['_OPERATOR']._serialized_start=694
+  _globals['_OPERATOR']._serialized_end=1681
 # @@protoc_insertion_point(module_scope)

@@ -207,6 +207,45 @@ class ExtendRequest(google.protobuf.message.Message):
 Global___ExtendRequest: typing_extensions.TypeAlias = ExtendRequest
 
 @typing.final
+class RollbackRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    round: builtins.int
+    """the newest that stays"""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        round: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["round", b"round", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RollbackRequest: typing_extensions.TypeAlias = RollbackRequest
+
+@typing.final
+class ReplayRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    round: builtins.int
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        round: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["round", b"round", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ReplayRequest: typing_extensions.TypeAlias = ReplayRequest
+
+@typing.final
 class ExportRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -214,6 +253,7 @@ class ExportRequest(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     OF_FIELD_NUMBER: builtins.int
     STORED_FIELD_NUMBER: builtins.int
+    LEDGER_FIELD_NUMBER: builtins.int
     run: builtins.str
     round: builtins.str
     """a number, "best", or empty for the last"""
@@ -221,6 +261,8 @@ class ExportRequest(google.protobuf.message.Message):
     """a strategy: the files that it keeps beside the model; empty: the model"""
     stored: builtins.bool
     """the model as it is stored, with what only training needs"""
+    ledger: builtins.bool
+    """the run's ledger instead, to be checked elsewhere"""
     def __init__(
         self,
         *,
@@ -228,8 +270,9 @@ class ExportRequest(google.protobuf.message.Message):
         round: builtins.str = ...,
         of: builtins.str = ...,
         stored: builtins.bool = ...,
+        ledger: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["of", b"of", "round", b"round", "run", b"run", "stored", b"stored"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ledger", b"ledger", "of", b"of", "round", b"round", "run", b"run", "stored", b"stored"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExportRequest: typing_extensions.TypeAlias = ExportRequest

@@ -99,6 +99,21 @@ class OperatorStub(object):
                 request_serializer=protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/farflung.v1.Operator/Rollback',
+                request_serializer=protos_dot_v1_dot_operator__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/farflung.v1.Operator/Verify',
+                request_serializer=protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
+                _registered_method=True)
+        self.Replay = channel.unary_unary(
+                '/farflung.v1.Operator/Replay',
+                request_serializer=protos_dot_v1_dot_operator__pb2.ReplayRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_operator__pb2.View.FromString,
+                _registered_method=True)
         self.Export = channel.unary_stream(
                 '/farflung.v1.Operator/Export',
                 request_serializer=protos_dot_v1_dot_operator__pb2.ExportRequest.SerializeToString,
@@ -204,6 +219,27 @@ class OperatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollback(self, request, context):
+        """views.Run
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """views.Verification
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Replay(self, request, context):
+        """views.Replay
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Export(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -283,6 +319,21 @@ def add_OperatorServicer_to_server(servicer, server):
             'Reject': grpc.unary_unary_rpc_method_handler(
                     servicer.Reject,
                     request_deserializer=protos_dot_v1_dot_operator__pb2.RunName.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.RollbackRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.RunName.FromString,
+                    response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
+            ),
+            'Replay': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replay,
+                    request_deserializer=protos_dot_v1_dot_operator__pb2.ReplayRequest.FromString,
                     response_serializer=protos_dot_v1_dot_operator__pb2.View.SerializeToString,
             ),
             'Export': grpc.unary_stream_rpc_method_handler(
@@ -646,6 +697,87 @@ class Operator(object):
             target,
             '/farflung.v1.Operator/Reject',
             protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Operator/Rollback',
+            protos_dot_v1_dot_operator__pb2.RollbackRequest.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Operator/Verify',
+            protos_dot_v1_dot_operator__pb2.RunName.SerializeToString,
+            protos_dot_v1_dot_operator__pb2.View.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Operator/Replay',
+            protos_dot_v1_dot_operator__pb2.ReplayRequest.SerializeToString,
             protos_dot_v1_dot_operator__pb2.View.FromString,
             options,
             channel_credentials,

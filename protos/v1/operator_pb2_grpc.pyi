@@ -53,6 +53,12 @@ class OperatorStub:
     """views.Run"""
     Reject: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]
     """views.Run"""
+    Rollback: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RollbackRequest, protos.v1.operator_pb2.View]
+    """views.Run"""
+    Verify: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]
+    """views.Verification"""
+    Replay: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.ReplayRequest, protos.v1.operator_pb2.View]
+    """views.Replay"""
     Export: grpc.UnaryStreamMultiCallable[protos.v1.operator_pb2.ExportRequest, protos.v1.operator_pb2.FilePart]
     Collect: grpc.UnaryUnaryMultiCallable[protos.v1.operator_pb2.CollectRequest, protos.v1.operator_pb2.View]
     """views.Collected"""
@@ -85,6 +91,12 @@ class OperatorAsyncStub(OperatorStub):
     """views.Run"""
     Reject: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]  # type: ignore[assignment]
     """views.Run"""
+    Rollback: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RollbackRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
+    """views.Run"""
+    Verify: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.RunName, protos.v1.operator_pb2.View]  # type: ignore[assignment]
+    """views.Verification"""
+    Replay: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.ReplayRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
+    """views.Replay"""
     Export: grpc.aio.UnaryStreamMultiCallable[protos.v1.operator_pb2.ExportRequest, protos.v1.operator_pb2.FilePart]  # type: ignore[assignment]
     Collect: grpc.aio.UnaryUnaryMultiCallable[protos.v1.operator_pb2.CollectRequest, protos.v1.operator_pb2.View]  # type: ignore[assignment]
     """views.Collected"""
@@ -192,6 +204,30 @@ class OperatorServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
         """views.Run"""
+
+    @abc.abstractmethod
+    def Rollback(
+        self,
+        request: protos.v1.operator_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
+        """views.Run"""
+
+    @abc.abstractmethod
+    def Verify(
+        self,
+        request: protos.v1.operator_pb2.RunName,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
+        """views.Verification"""
+
+    @abc.abstractmethod
+    def Replay(
+        self,
+        request: protos.v1.operator_pb2.ReplayRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.operator_pb2.View, collections.abc.Awaitable[protos.v1.operator_pb2.View]]:
+        """views.Replay"""
 
     @abc.abstractmethod
     def Export(

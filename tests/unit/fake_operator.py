@@ -132,6 +132,34 @@ class FakeOperator(operator_pb2_grpc.OperatorServicer):
         self.asked.append(request)
         return view(a_run(state="queued"))
 
+    def Rollback(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return view(a_run(state="queued"))
+
+    def Verify(self, request: Any, context: Any) -> Any:
+        finding = views.Finding(text="round 1: the contributions of north were removed", round=1)
+        lost = views.Finding(text="entry 7 (accepted, round 2, site north): lost", entry=7, round=2)
+        return view(
+            views.Verification(
+                federation="f", run="fashion-1", entries=9, committed=3, contributions=4,
+                digest="ab" * 32, problems=() if request.run == "fashion" else (lost,),
+                erased=(finding,),
+            )
+        )  # fmt: skip
+
+    def Replay(self, request: Any, context: Any) -> Any:
+        same = request.round == 2
+        model = views.Compared(
+            what="model", recorded="a" * 64, computed="a" * 64 if same else "b" * 64,
+            tensors=() if same else ("first.weight",),
+        )  # fmt: skip
+        return view(
+            views.Replay(
+                run="fashion", round=request.round, attempt=1, sites=("east", "north"),
+                identical=same, compared=(model,), notes=("feddf had no part in the model",),
+            )
+        )  # fmt: skip
+
     def Export(self, request: Any, context: Any) -> Iterator[Any]:
         self.asked.append(request)
         for name, data in self.files:

@@ -54,6 +54,7 @@ def test_every_command_of_the_manual_is_there() -> None:
         "init", "serve", "invite", "revoke", "sites", "launch", "runs", "rounds", "watch", "stop",
         "extend", "release", "reject", "export", "gc", "strategies", "doctor", "demo",
         "bench exchange", "bench rounds", "bench codec", "bench reduce", "compare",
+        "verify", "replay", "rollback",
     }  # fmt: skip
 
 
@@ -103,6 +104,9 @@ def test_no_daemon_is_one_sentence(
         (["extend", "fashion", "--rounds", 2], ["5 rounds"]),
         (["release", "fashion"], ["the held round is committed", "queued"]),
         (["reject", "fashion"], ["the held round is dropped", "queued"]),
+        (["rollback", "fashion", 1], ["goes on from round 1 of 3; it is queued"]),
+        (["verify", "fashion"], ["9 entries", "were removed", "nothing is wrong", "ab" * 32]),
+        (["replay", "fashion", 2], ["from east, north", "the same, aaa", "feddf had no part"]),
         (["gc", "--dry-run"], ["would remove 3 files, 300 B; 7 stay"]),
         (["revoke", "north"], ["north is revoked"]),
         (["invite", "north"], ["farflung-join-1.x\n"]),
@@ -127,6 +131,20 @@ def test_what_the_daemon_refuses_has_its_exit_code(
     assert capsys.readouterr().err == "farflung: run fashion: it has ended already\n"
     assert farflung("watch", "nothing") == 66
     assert "there is no nothing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("operator")
+def test_what_is_wrong_is_said_and_ends_in_an_exit_code(
+    farflung: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert farflung("verify", "digits") == 74
+    assert "(accepted, round 2, site north): lost" in capsys.readouterr().out
+    assert farflung("replay", "fashion", 3) == 74
+    said = capsys.readouterr().out
+    assert "they differ, in first.weight" in said
+    assert "It is not what was committed." in said
+    assert farflung("replay", "fashion", 3, "--json") == 74
+    assert not json.loads(capsys.readouterr().out)["identical"]
 
 
 def test_launch_checks_the_file_before_it_asks(

@@ -78,7 +78,7 @@ class Bench:
             "failed": failed or {},
             "reports": {},
         }
-        self.set(assess_module, "_evaluate", lambda *_: value)
+        self.set(assess_module, "evaluate", lambda *_: value)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_code_that_never_comes_back_ends_with_its_worker_and_is_not_asked_again(
     engine = bench.work.engine
     engine.stack_facts(stack)
     bench.set(engine, "ask", ask)
-    found = assess_module._evaluate(engine, replace(bench.planned, row=row), "assess", True)
+    found = assess_module.evaluate(engine, replace(bench.planned, row=row), "assess", True)
     assert asked == [[], ["temperature"]]
     assert found["scores"] == {"val.accuracy": 0.5}
     assert found["failed"] == {"temperature": "not done after 1860 s: 1 tasks, now cancelled"}

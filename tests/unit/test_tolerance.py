@@ -118,7 +118,7 @@ class Bench:
             }
 
         self.set(assess_module, "_exchange", exchange)
-        self.set(assess_module, "_evaluate", evaluate)
+        self.set(assess_module, "evaluate", evaluate)
         return run_round(self.work.engine, self.run, 1)
 
 
@@ -240,7 +240,7 @@ def several(bench: Bench, worth: dict[str, float], **run_file: Any) -> tuple[Out
     bench.set(page_module, "refine", lambda *_: replace(candidate, average=bench.average))
     bench.set(assess_module, "refined_by", refined_by)
     bench.set(assess_module, "_exchange", exchange)
-    bench.set(assess_module, "_evaluate", evaluate)
+    bench.set(assess_module, "evaluate", evaluate)
     return run_round(bench.work.engine, bench.run, 1), asked
 
 

@@ -249,9 +249,10 @@ def test_another_authoritys_certificate_gets_nothing(doors: Doors, role: Any) ->
             call(channel)
 
 
-def test_the_orchestrators_own_certificate_is_no_sites(doors: Doors) -> None:
-    """A stolen server key must not be a way in: its purpose is another one."""
-    own = doors.authority.pems("orchestrator", "orchestrator")
+@pytest.mark.parametrize("role", ["orchestrator", "ledger"])
+def test_the_orchestrators_own_certificates_are_no_sites(doors: Doors, role: Any) -> None:
+    """A stolen key of the server, or of what signs, must not be a way in: its purpose is another one."""
+    own = doors.authority.pems("orchestrator", role)
     for call in every_call(doors):
         with doors.channel(*own) as channel, pytest.raises((NotEnrolled, Unavailable)):
             call(channel)

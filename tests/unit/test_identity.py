@@ -23,6 +23,8 @@ from protos.identity import (
     Identity,
     JoinToken,
     certificate_pem,
+    check_issued,
+    check_valid,
     fingerprint,
     identity_of,
     issue,
@@ -79,6 +81,7 @@ def test_what_the_authority_may_sign() -> None:
         ("site", ExtendedKeyUsageOID.CLIENT_AUTH),
         ("bootstrap", ExtendedKeyUsageOID.CLIENT_AUTH),
         ("orchestrator", ExtendedKeyUsageOID.SERVER_AUTH),
+        ("ledger", x509.ObjectIdentifier("1.3.6.1.5.5.7.3.36")),
     ],
 )
 def test_leaf_is_no_authority_and_serves_one_purpose(
@@ -92,6 +95,21 @@ def test_leaf_is_no_authority_and_serves_one_purpose(
     assert not usage.key_cert_sign
     assert list(found.get_extension_for_class(x509.ExtendedKeyUsage).value) == [purpose]
     assert identity_of(leaf) == Identity("f-test", role, "x")  # type: ignore[arg-type]
+
+
+def test_who_signed_a_certificate_and_when_it_was_valid() -> None:
+    _, leaf = AUTHORITY.leaf("x", "ledger")
+    assert check_issued(AUTHORITY.certificate, leaf) == Identity("f-test", "ledger", "x")
+    with pytest.raises(NotEnrolled, match="did not sign it"):
+        check_issued(Authority("f-test").certificate, leaf)
+    with pytest.raises(NotEnrolled, match="did not sign it"):
+        check_issued(leaf, leaf)
+    starts, ends = leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
+    for time in (starts, ends):
+        check_valid(leaf, time)
+    for time in (starts - 1, ends + 1):
+        with pytest.raises(NotEnrolled, match="it was not valid on"):
+            check_valid(leaf, time)
 
 
 def test_server_is_reached_under_its_names_and_addresses() -> None:

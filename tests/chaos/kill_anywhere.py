@@ -244,24 +244,28 @@ class Arena:
         often = self.seen(shape).often
         return [Case(process, point, shape) for process, point in sorted(often)]
 
-    def disturb(self, cases: Sequence[Case]) -> Iterator[Result]:
-        """One run, disturbed in as many rounds as there are cases; fewer than it has rounds.
+    def disturb(self, groups: Sequence[Sequence[Case]]) -> Iterator[list[Result]]:
+        """One run, disturbed in as many rounds as there are groups; fewer than it has rounds.
+
+        Args:
+            groups: Cases of one shape that are tried in one round, each at another end.
 
         Yields:
-            What came of each; fewer if the run ended before.
+            What came of each group; fewer if the run ended before.
         """
-        shape = cases[0].shape
+        shape = groups[0][0].shape
         seen, before = self.seen(shape), self.steps()
         run = self.launch(shape)
         self._await(lambda: len(self.committed(run)) >= 1, run)
-        for case in cases:
+        for group in groups:
             if len(self.committed(run)) >= self.count(shape) - 1:
                 break  # a kill just after a commit costs two rounds
-            result = self._disturbed(run, case, seen)
-            yield result
-            if not result.identical:
-                self.ground.federation.client.stop(run, True)
-                self._await(lambda: self.state(run)[0] != "running", run)
+            results = self._disturbed(run, group, seen)
+            yield results
+            if not all(result.identical for result in results):
+                if self.state(run)[0] == "running":
+                    self.ground.federation.client.stop(run, True)
+                    self._await(lambda: self.state(run)[0] != "running", run)
                 return
         self._await(lambda: self.state(run)[0] != "running", run)
         if self.state(run)[0] != "finished" or self.committed(run) != seen.models:
@@ -270,52 +274,60 @@ class Arena:
         self.again += self.steps() - before - planned
         self.planned += planned
 
-    def _disturbed(self, run: str, case: Case, seen: Seen) -> Result:
-        federation = self.ground.federation
-        end = ORCHESTRATOR if case.process == "daemon" else self.draw.choice(SITES)
-        name, began = (DAEMON if end == ORCHESTRATOR else end), len(self.committed(run))
-        limit = began + 3  # a point that is not reached in so many rounds is not reached
-        result = Result(case.name, struck=True, identical=False)
+    def _disturbed(self, run: str, group: Sequence[Case], seen: Seen) -> list[Result]:
+        federation, began = self.ground.federation, len(self.committed(run))
+        sites = iter(self.draw.sample(SITES, len(SITES)))
+        ends = {c: ORCHESTRATOR if c.process == "daemon" else next(sites) for c in group}
+        results = {case: Result(case.name, struck=True, identical=False) for case in group}
+        traced = {case: len(federation.trace(end)) for case, end in ends.items()}
         try:
-            for point in filter(None, (case.first, case.at)):
-                before = len(federation.trace(name))
-                result.struck = self._strike(run, end, case, point, seen, limit)
-                if not result.struck:
-                    break
-                self.kills += 1
+            for case, end in ends.items():
+                if case.first:
+                    self._arm(end, case, case.first, seen)
+                    self._await_strikes(run, [end], began + 3, case.shape)
+                    self.kills += not federation.forgive(end)
+                self._arm(end, case, case.at, seen)
+            # A point that is not reached in so many rounds is not reached.
+            self._await_strikes(run, list(ends.values()), began + 3, group[0].shape)
+            for case, end in ends.items():
+                results[case].struck = not federation.forgive(end)
+                self.kills += results[case].struck
             struck, count = time.monotonic(), len(self.committed(run))
-            ended = min(count + 1, self.count(case.shape))
+            ended = min(count + 1, self.count(group[0].shape))
             self._await(lambda: len(self.committed(run)) >= ended, run)
-            result.seconds = round(time.monotonic() - struck, 2)
+            models = self.committed(run)
+            for result in results.values():
+                result.seconds = round(time.monotonic() - struck, 2)
+                result.identical = all(seen.models[n] == model for n, model in models.items())
         except (TimeoutError, RuntimeError) as error:
-            result.why = str(error)
-            return result
-        if not case.first and result.struck:
-            for key in set(federation.trace(name)[before:]):
-                if key not in seen.often and key[0] == case.process:
-                    self.ways_back.setdefault(key, case)
-        models = self.committed(run)
-        result.identical = all(seen.models[number] == model for number, model in models.items())
-        return result
+            for result in results.values():
+                result.why = str(error)
+        for case, end in ends.items():
+            if not case.first and results[case].struck:
+                for key in set(federation.trace(end)[traced[case] :]) - set(seen.often):
+                    if key[0] == case.process:
+                        self.ways_back.setdefault(key, case)
+        return list(results.values())
 
-    def _strike(self, run: str, end: str, case: Case, point: str, seen: Seen, limit: int) -> bool:
-        """Kill a process at a point; whether it got there."""
-        federation = self.ground.federation
+    def _arm(self, end: str, case: Case, point: str, seen: Seen) -> None:
+        """Have a process killed at a point, at one of the times that it gets there in a round."""
         if point not in POINTS:
             time.sleep(self.draw.uniform(0.0, seen.seconds))  # any moment of a round is as good
             self._kill_now(end, case.process)
-            return True
+            return
         often = seen.often.get((case.process, point), 1)
         hit = self.draw.randint(1, max(1, min(often, 5)))
-        federation.fail(end, Fault(point, hit, process=case.process))
+        self.ground.federation.fail(end, Fault(point, hit, process=case.process))
+
+    def _await_strikes(self, run: str, ends: list[str], limit: int, shape: str) -> None:
+        """Wait until nothing is to go wrong any more, or it is too late for it."""
+        federation, last = self.ground.federation, min(limit, self.count(shape))
 
         def over() -> bool:
-            return federation.struck(end) or len(self.committed(run)) >= min(
-                limit, self.count(case.shape)
-            )
+            waiting = any(federation.armed(end) for end in ends)
+            return not waiting or len(self.committed(run)) >= last
 
         self._await(over, run)
-        return not federation.forgive(end)
 
     def _kill_now(self, end: str, process: str) -> None:
         federation = self.ground.federation
@@ -349,19 +361,39 @@ def known(path: Path) -> dict[str, Result]:
 def work_off(arena: Arena, cases: list[Case], done: dict[str, Result], path: Path) -> None:
     """Run what is not done yet, and write down what came of it."""
     todo = [case for case in cases if case.name not in done]
+    alone: set[str] = set()
     while todo:
-        batch = [case for case in todo if case.shape == todo[0].shape][
-            : arena.count(todo[0].shape) - 2
-        ]
-        for result in arena.disturb(batch):
-            done[result.name] = result
-            with path.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
-            verdict = "identical" if result.identical else f"NOT identical {result.why}"
-            if not result.struck:
-                verdict = "not reached"
-            print(f"{result.name}: {verdict}, {result.seconds:.1f} s", flush=True)
+        for results in arena.disturb(groups_of(todo, arena.count(todo[0].shape) - 2, alone)):
+            if len(results) > 1 and not all(result.identical for result in results):
+                alone |= {result.name for result in results}  # which of them it was
+                continue
+            for result in results:
+                done[result.name] = result
+                with path.open("a") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+                verdict = "identical" if result.identical else f"NOT identical {result.why}"
+                if not result.struck:
+                    verdict = "not reached"
+                print(f"{result.name}: {verdict}, {result.seconds:.1f} s", flush=True)
         todo = [case for case in todo if case.name not in done]
+
+
+def groups_of(todo: Sequence[Case], most: int, alone: set[str]) -> list[list[Case]]:
+    """Cases for one run: in a round one of each kind of process, but for those that are to be alone."""
+    groups: list[list[Case]] = []
+    for case in (c for c in todo if c.shape == todo[0].shape):
+        single = bool(case.first) or case.at not in POINTS or case.name in alone
+        free = [g for g in groups if not single and all(_fits(case, other, alone) for other in g)]
+        if free:
+            free[0].append(case)
+        elif len(groups) < most:
+            groups.append([case])
+    return groups
+
+
+def _fits(case: Case, other: Case, alone: set[str]) -> bool:
+    single = bool(other.first) or other.at not in POINTS or other.name in alone
+    return not single and case.process != other.process
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.kill_anywhere import PER_STEP_S, Arena, Case
+from tests.chaos.kill_anywhere import PER_STEP_S, Arena, Case, groups_of
 from tests.support.field import SITES, Field
 
 
@@ -29,7 +29,7 @@ def test_a_kill_of_each_kind_of_process_changes_no_bit(field: Field) -> None:
         arena.draw.choice([case for case in reached if case.process == process])
         for process in ("link", "daemon")
     ]
-    results = list(arena.disturb(cases))
+    results = [result for group in arena.disturb([[case] for case in cases]) for result in group]
     assert [(r.name, r.struck, r.identical, r.why) for r in results] == [
         (case.name, True, True, "") for case in cases
     ]
@@ -50,6 +50,9 @@ def test_a_sample_of_kills_changes_no_bit_and_costs_a_step_each(tmp_path: Path) 
         cases += [Case("trainer", "train.stepped"), Case("link", "a random moment")]
         left = list(cases)
         while left:
-            batch, left = left[:6], left[6:]
-            assert [r.why for r in arena.disturb(batch) if not r.identical and r.struck] == []
+            batch = groups_of(left, 6, set())
+            for results in arena.disturb(batch):
+                assert [(r.name, r.why) for r in results if not r.identical] == []
+                done = {result.name for result in results}
+                left = [case for case in left if case.name not in done]
         assert arena.again <= arena.kills * len(SITES)  # a step of each site at most

@@ -58,6 +58,10 @@ class FaultyFederation(Federation):
         plan.unlink(missing_ok=True)
         return found
 
+    def armed(self, who: str) -> bool:
+        """Whether something is still to go wrong."""
+        return (self.faults(who) / PLAN).exists()
+
     def struck(self, who: str) -> bool:
         """Whether what was to go wrong has gone wrong."""
         return (self.faults(who) / DONE).exists()

@@ -21,17 +21,18 @@ def field(real: Field) -> Iterator[Field]:
 
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(240)
-def test_a_kill_of_each_kind_of_process_changes_no_bit(field: Field) -> None:
-    arena = Arena(field, seed=1, rounds=4)
-    reached = arena.cases("small")
+def test_a_link_and_a_trainer_that_are_killed_in_a_round_change_no_bit(field: Field) -> None:
+    """The daemon is killed in tests/integration/test_rounds.py, and in the slow test below."""
+    arena = Arena(field, seed=1, rounds=3)
+    reached = arena.cases("large")
     assert len({case.at for case in reached}) >= 100
-    cases = [
+    group = [
         arena.draw.choice([case for case in reached if case.process == process])
-        for process in ("link", "daemon")
+        for process in ("link", "trainer")
     ]
-    results = [result for group in arena.disturb([[case] for case in cases]) for result in group]
+    (results,) = arena.disturb([group])
     assert [(r.name, r.struck, r.identical, r.why) for r in results] == [
-        (case.name, True, True, "") for case in cases
+        (case.name, True, True, "") for case in group
     ]
 
 

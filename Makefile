@@ -33,8 +33,9 @@ SEED ?= 0
 MOMENTS ?= 0
 BENCH_ARGS ?=
 PEERS_ARGS ?=
+RUNS ?= 1000000
 
-.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers kill-anywhere env clean
+.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers kill-anywhere fuzz env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -95,6 +96,9 @@ bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the
 
 kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends: SAMPLE=40 SEED=1 MOMENTS=300
 	$(BIN)/python -m tests.chaos.kill_anywhere --seed $(SEED) --sample $(SAMPLE) --random $(MOMENTS)
+
+fuzz: $(READY_TO_DEVELOP) ## random bytes, led by coverage, against everything that decodes what is received: RUNS=1000000
+	$(BIN)/python -m tests.chaos.fuzz --runs $(RUNS)
 
 env: $(READY_TO_DEVELOP) ## only make .venv
 

@@ -34,6 +34,7 @@ ALLOWED = {
     "abandon": {"planned", "closed", "held"},
     "commit": {"closed", "held"},
 }
+ENDED = ("abandoned", "committed", "superseded")
 MEMORY = Path("/dev/shm")
 """Here nothing is about power cuts: syncing to memory costs nothing."""
 
@@ -106,7 +107,7 @@ class RoundsMachine(RuleBasedStateMachine):
         under_way = [
             at
             for at, one in self.attempts.items()
-            if one.state not in ("abandoned", "committed") and not (instead and at[0] == number)
+            if one.state not in ENDED and not (instead and at[0] == number)
         ]
         done = [n for (n, _), one in self.attempts.items() if one.state == "committed"]
         possible = not under_way and number > max(done, default=0)
@@ -121,7 +122,7 @@ class RoundsMachine(RuleBasedStateMachine):
             return
         assert possible
         for at, one in self.attempts.items():
-            if at[0] == number and one.state not in ("abandoned", "committed"):
+            if at[0] == number and one.state not in ENDED:
                 self._ended(at, "abandoned")
         self.attempts[key] = Attempt(plans)
 
@@ -148,10 +149,29 @@ class RoundsMachine(RuleBasedStateMachine):
         assert attempt.state in ALLOWED[step]
         self._ended(key, AFTER[step])
 
+    @rule(number=st.integers(1, 2))
+    def roll_back(self, number: int) -> None:
+        done = {n for (n, _), one in self.attempts.items() if one.state == "committed"}
+        possible = number in done and max(done) > number
+        self.ledger.set_run(self.id, state="stopped")
+        try:
+            target = self.ledger.roll_back(self.id, number, "why")
+        except Conflict:
+            assert not possible
+            return
+        assert possible
+        assert self.ledger.run(self.id).model == target.model
+        for key, one in self.attempts.items():
+            if one.state not in ENDED:
+                self._ended(key, "abandoned")
+            held = one.row is not None and one.row.model != ""
+            if key[0] > number and (one.state == "committed" or held):
+                self._ended(key, "superseded")
+
     def _ended(self, key: tuple[int, int], state: str) -> None:
         attempt = self.attempts[key]
         attempt.state = state
-        if state in ("abandoned", "committed"):
+        if state in ENDED:
             attempt.row = self.ledger.round(self.id, *key)
 
     # ----------------------------------------------------------------------- contributions
@@ -228,8 +248,13 @@ class RoundsMachine(RuleBasedStateMachine):
             assert attempt.answers.get(site, "") == ""
             assert row.work_digest == attempt.plans[site].work_digest
             assert row.digest not in self.late
+            assert row.digest not in self._taken_back()
             attempt.counted[site] = row.digest
             attempt.answers[site] = "counted"
+
+    def _taken_back(self) -> set[str]:
+        gone = [one for one in self.attempts.values() if one.state == "superseded"]
+        return {name for one in gone for name in one.counted.values()}
 
     @invariant()
     def what_counts_is_what_was_counted(self) -> None:

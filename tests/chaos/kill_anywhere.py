@@ -10,6 +10,9 @@ one kill in each round. Whatever died is started again, as systemd would. A case
 way back (``daemon daemon.stored after gather.counted``). It counts as identical if every model up to the
 end of its round has the digest of the undisturbed run's.
 
+The undisturbed run is in the same home, and before the others: the store then has what they store. So a kill
+while a model is being stored is not tried here, but by tests/unit/test_store.py.
+
 Finished cases stand in a file, and are not run again. The last line is ``N cases, M identical``.
 """
 

@@ -355,7 +355,7 @@ class Embedding(nn.Module):
 
 
 def _arm(per_class: int, flip: bool) -> dict[str, Any]:
-    own = {"name": "fyi", "per_class": per_class, "flip": flip, "iterations": 200, "real": 16}
+    own = {"name": "fyi", "per_class": per_class, "flip": flip}
     return {"strategy": [{**own, "use": "warm up", "steps": 200, "learning_rate": 0.01}]}
 
 

@@ -138,8 +138,8 @@ def _check_bytes(engine: Engine, planned: Planned, rows: tuple[ContributionRow, 
         raise _can_not(
             run,
             row,
-            f"the contributions of {', '.join(gone)} are not kept any more"
-            f" ([retention] contributions = {kept})",
+            f"the contributions of {', '.join(gone)} are not in the store any more ([retention]"
+            f" contributions = {kept}; `farflung verify {run.name}` says if they were lost)",
         )
 
 

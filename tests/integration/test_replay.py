@@ -76,7 +76,7 @@ def test_the_newest_round_is_computed_again_and_checked_elsewhere(
     what = {one.what: one.computed for one in done.compared}
     assert what["model"] == rounds[1].model
     assert {"scores", "calibration maps"} <= what.keys()
-    with pytest.raises(NotFound, match="the contributions of east, north, south are not kept"):
+    with pytest.raises(NotFound, match="contributions of east, north, south are not in the store"):
         client.replay(run, 1)
     found = client.verify(run)
     assert found.problems == ()
@@ -155,13 +155,15 @@ def test_what_is_damaged_or_gone_is_named(field: Field) -> None:
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataCorrupt, match=r"what site south sent is damaged in tensors first\."):
+    with pytest.raises(
+        DataCorrupt, match=r"what site south sent is damaged in tensors .*first\.weight"
+    ):
         client.replay(run, 1)
     problems = client.verify(run).problems
     assert [one.site for one in problems] == ["south"]
     assert "round 1: contribution of site south: artefact" in problems[0].text
     path.unlink()
-    with pytest.raises(NotFound, match=r"the contributions of south are not kept any more"):
+    with pytest.raises(NotFound, match="the contributions of south are not in the store any more"):
         client.replay(run, 1)
 
 

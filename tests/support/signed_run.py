@@ -118,20 +118,24 @@ class SignedRun:
             if plan.site in sites:
                 assert self.ledger.accept(self.sent(plan, base)).verdict == "counted"
 
-    def round(self, number: int, sites: Sequence[str] = SITES, attempt: int = 1) -> RoundRow:
-        """A whole round with an assessment."""
+    def round(
+        self, number: int, sites: Sequence[str] = SITES, attempt: int = 1, assess: bool = True
+    ) -> RoundRow:
+        """A whole round."""
         base = self.ledger.run(RUN).model
         self.count(self.plan(number, attempt), base, sites)
-        return self.finish(number, attempt)
+        return self.finish(number, attempt, assess=assess)
 
-    def finish(self, number: int, attempt: int = 1, held: bool = False) -> RoundRow:
+    def finish(
+        self, number: int, attempt: int = 1, held: bool = False, assess: bool = True
+    ) -> RoundRow:
         """Close, assess and commit a planned round."""
         ledger, model = self.ledger, self.model(number + attempt / 8)
         ledger.close_round(RUN, number, attempt, None, "every site answered")
-        asked = self.plans(number, attempt, "assess", model)
-        ledger.open_exchange(RUN, number, attempt, "assess", asked)
+        asked = self.plans(number, attempt, "assess", model) if assess else []
+        if assess:
+            ledger.open_exchange(RUN, number, attempt, "assess", asked)
         self.count(asked, model)
-        ledger.close_exchange(RUN, number, attempt, "assess")
         summary = {"counted": list(SITES), "scores": {"val.accuracy": 0.5 + number / 20}}
         memos = {"co_learning": {"epochs": 5}}
         if held:
@@ -145,19 +149,19 @@ def eventful(root: Path) -> SignedRun:
     """A run in which everything happened that a ledger can tell of."""
     run = SignedRun(root)
     ledger = run.ledger
-    run.round(1)
+    run.round(1, assess=False)
     base = ledger.run(RUN).model
     run.count(run.plan(2), base, ("north", "south"))
     again = run.plan(2, 2, abandoning="below the quorum")
     assert [row.site for row in ledger.carry_over(RUN, 2, 2)] == ["north", "south"]
     run.count(again, base, ("east",))
     run.finish(2, 2)
-    run.round(3, ("north",))
+    run.round(3, ("north",), assess=False)
     ledger.set_run(RUN, state="stopped")
     ledger.roll_back(RUN, 2, "rolled back to round 2")
     base = ledger.run(RUN).model
     run.count(run.plan(3, 2), base)
-    run.finish(3, 2, held=True)
+    run.finish(3, 2, held=True, assess=False)
     ledger.extend_run(RUN, 12)
     run.plan(4)
     ledger.abandon_round(RUN, 4, 1, "the run was stopped")

@@ -278,7 +278,7 @@ def check_forgeries(run: SignedRun, lines: Lines, count: int, seed: int) -> None
 
 def test_a_changed_export_is_rejected_and_the_entry_named(run: SignedRun, lines: Lines) -> None:
     seed = int(os.environ.get("SEED", "5"))
-    check_forgeries(run, lines, 120, seed)
+    check_forgeries(run, lines, 60, seed)
 
 
 @pytest.mark.slow

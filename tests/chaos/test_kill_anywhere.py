@@ -19,6 +19,7 @@ def field(real: Field) -> Iterator[Field]:
     real.federation.await_sites(SITES)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(240)
 def test_a_link_and_a_trainer_that_are_killed_in_a_round_change_no_bit(field: Field) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import signal
 import sys
 from typing import Any
 
 from site_agent.cli.options import HomeOption, JsonOption
+
+END_S = 75.0
+"""An agent that was told to end and has not by then is ended; nothing is lost, as after a kill."""
 
 
 def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
@@ -30,8 +34,14 @@ def run(home: HomeOption = None, as_json: JsonOption = False) -> None:
     config = SiteConfig.load(place.config)
     with HomeLock(place):
         agent = Agent(place, config, _print_json if as_json else _print_words)
+
+        def end(*_: object) -> None:
+            # By a thread of its own that needs no lock of ours: says on stderr where each one hangs.
+            faulthandler.dump_traceback_later(END_S, exit=True)
+            agent.stop()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: agent.stop())
+            signal.signal(number, end)
         signal.signal(signal.SIGHUP, lambda *_: agent.reread())
         agent.run()
 

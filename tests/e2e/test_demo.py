@@ -94,7 +94,7 @@ def test_the_closing_table(demos: list[Demo], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "code"),
     [
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),

@@ -35,11 +35,11 @@ def reject(ledger: Ledger, held: RoundRow) -> RoundRow:
 def settle(ledger: Ledger, run: RunRow, held: RoundRow) -> str:
     """Decide as the run file says; gives why a person has to instead, empty if it is decided."""
     choice = RunConfig.from_resolved(run.config).gate.on_hold
-    row = in_a_row(ledger, run.id)
-    if choice != "wait" and row < MOST_IN_A_ROW:
+    count = in_a_row(ledger, run.id)
+    if choice != "wait" and count < MOST_IN_A_ROW:
         (release if choice == "release" else reject)(ledger, held)
         return ""
-    many = f" ({row} rounds in a row were held)" if row >= MOST_IN_A_ROW else ""
+    many = f" ({count} rounds in a row were held)" if count >= MOST_IN_A_ROW else ""
     return (
         f"waiting for decision{many}: round {held.round} is held, {held.reason}. "
         f"`farflung release {run.name}` or `farflung reject {run.name}`"

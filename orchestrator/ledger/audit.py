@@ -302,8 +302,6 @@ class Audit:
             raise Wrong("it names another configuration than the run's")
         if "signed" not in line:
             raise Wrong("its model is not signed by the orchestrator")
-        if "signed" not in line:
-            raise Wrong("its model is not signed by the orchestrator")
         self.notary.committed(entry, line["signed"])
 
     def _rolled_back(self, entry: Entry, document: dict[str, Any], line: dict[str, Any]) -> None:

@@ -69,12 +69,13 @@ class SiteSection(Section):
         device: Where to train: auto (CUDA where there is one), cpu, cuda, or cuda:N.
         keep_states: States of this many counted contributions are kept for each run, so that
             a run that is rolled back finds the state that fits.
-        keep_bases: Fetched models that stay in the cache.
+        keep_bases: Fetched models that stay in the cache: disk for each, and for a plan whose
+            model is not among them one more download. A frozen part counts too.
     """
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     keep_states: int = Field(5, ge=1, le=1000)
-    keep_bases: int = Field(3, ge=2, le=1000)
+    keep_bases: int = Field(2, ge=2, le=1000)
 
 
 class TaskSection(Section):

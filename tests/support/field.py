@@ -21,6 +21,7 @@ class Field:
         policy: ``[policy]`` of every site.
         environment: Variables of all processes, on top of this one's.
         trainer: Further keys of ``[trainer]`` of every site.
+        faults: What `FaultyFederation` takes beside.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Field:
         policy: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
         trainer: dict[str, Any] | None = None,
+        **faults: Any,
     ) -> None:
         self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
@@ -57,6 +59,7 @@ class Field:
             },
             daemon={"sites": {"heartbeat_s": 0.3}, **(daemon or {})},
             environment=environment,
+            **faults,
         )
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:

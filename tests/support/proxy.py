@@ -1,6 +1,7 @@
-"""A TCP forwarder between sites and a daemon: it counts, it is slow, it cuts.
+"""A TCP forwarder between sites and a daemon: it counts, and it fails in the ways of a network.
 
-TLS goes through it untouched, so a byte can't be flipped here without ending its connection.
+It cuts connections, refuses them, is slow or late, goes silent without closing anything, and flips,
+doubles or swaps bytes. TLS goes through it untouched, so what is done to a byte ends its connection.
 Set `network.address` in a site's site.toml to `Proxy.address`.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 READ_BYTES = 64 << 10
 LEAST_PIECE = 1448
@@ -25,8 +26,10 @@ SLOW_PIECES = 32
 """Pieces of one connection that may wait before the bottleneck, as its window would allow."""
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
-Line = asyncio.Queue[tuple[float, bytes]]
-"""Bytes on their way in one direction of one connection, and when each comes out."""
+Mischief = Literal["corrupt", "duplicate", "reorder"]
+"""Done to one piece on its way: a bit flipped, the piece twice, its halves swapped."""
+Way = Literal["up", "down", "both"]
+"""From the site, to the site."""
 
 
 @dataclass
@@ -38,20 +41,39 @@ class Direction:
         queue_bytes: What may wait before the bottleneck, in order of arrival whatever the connection.
             What finds no room is not read, as a sender's window would close.
         nbytes: Bytes that came in from the sender, of connections that were cut too.
+        delay_s: How much later everything arrives. May be changed at any time.
         moments: When bytes went on to the receiver, and how many.
+        flowing: Whether anything is forwarded, and any end of a connection told.
     """
 
     bytes_per_s: float = 0.0
     queue_bytes: int = 64 << 10
+    delay_s: float = 0.0
     nbytes: int = 0
     moments: list[tuple[float, int]] = field(default_factory=list)
+    flowing: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: list[tuple[int, threading.Event]] = field(default_factory=list)
     _busy_until: float = 0.0
     _entry: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _mischief: list[tuple[int, Mischief, threading.Event]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.flowing.set()
 
     def slow(self, mbit_per_s: float, queue_bytes: int = 64 << 10) -> None:
         """From now on the line carries this much."""
         self.bytes_per_s, self.queue_bytes = mbit_per_s * 1e6 / 8, queue_bytes
+
+    def meddle(self, how: Mischief, after: int = 0) -> threading.Event:
+        """Do something to the piece after so many more bytes; gives what tells that it is done."""
+        done = threading.Event()
+        self._mischief.append((self.nbytes + after, how, done))
+        return done
+
+    def mend(self) -> None:
+        """No rate, no delay, no mischief any more."""
+        self.bytes_per_s = self.delay_s = 0.0
+        self._mischief.clear()
 
     def windows(self, seconds: float, begin: float, end: float) -> list[int]:
         """Bytes in each whole window between two times of the monotonic clock, sliding by a tenth."""
@@ -86,6 +108,26 @@ class Direction:
             return READ_BYTES
         return max(LEAST_PIECE, min(READ_BYTES, int(self.bytes_per_s / 50)))
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces of a connection may be on their way."""
+        return SLOW_PIECES if self.bytes_per_s or self.delay_s else 1
+
+    def passed(self, data: bytes) -> bytes:
+        """What becomes of a piece that just came."""
+        for entry in [e for e in self._mischief if e[0] < self.nbytes and data]:
+            self._mischief.remove(entry)
+            half = len(data) // 2
+            match entry[1]:
+                case "corrupt":
+                    data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+                case "duplicate":
+                    data += data
+                case "reorder":
+                    data = data[half:] + data[:half]
+            entry[2].set()
+        return data
+
     async def enter(self, nbytes: int) -> float:
         """Wait for room in the queue; when the bytes will be through."""
         async with self._entry:  # first come, first served
@@ -96,7 +138,19 @@ class Direction:
                 await asyncio.sleep(min(wait, 0.1))
             now = monotonic()
             self._busy_until = max(now, self._busy_until) + nbytes / rate if rate else now
-            return self._busy_until
+            return self._busy_until + self.delay_s
+
+
+class Line(asyncio.Queue[tuple[float, bytes]]):
+    """Bytes on their way in one direction of one connection, and when each comes out."""
+
+    def __init__(self, direction: Direction) -> None:
+        super().__init__()
+        self._direction = direction
+
+    def full(self) -> bool:
+        """Whether no more may be on its way just now."""
+        return self.qsize() >= self._direction.pieces
 
 
 @dataclass(eq=False)
@@ -129,6 +183,7 @@ class Proxy:
         self.connections: list[Connection] = []
         self.cuts = 0
         self._open: set[Connection] = set()
+        self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -172,20 +227,51 @@ class Proxy:
 
         return end
 
+    def sever(self) -> None:
+        """Reset every connection and refuse new ones, until `mend`."""
+        self._run(self._sever())
+
+    def freeze(self, way: Way = "both") -> None:
+        """Forward nothing more and close nothing, until `mend`: a half-open connection.
+
+        Both ends may write until their windows are full. New connections are taken and go nowhere.
+        """
+        self._run(self._flow(way, False))
+
+    def mend(self) -> None:
+        """An honest and fast line again; what was frozen goes on where it was."""
+        self.up.mend()
+        self.down.mend()
+        self._run(self._flow("both", True))
+        self._run(self._listen())
+
     # -- on the loop -------------------------------------------------------------------------------
 
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _listen(self) -> None:
+        if self._server is not None:
+            return
         self._server = await asyncio.start_server(
             self._accept, "127.0.0.1", self.port, limit=READ_BYTES
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _close(self) -> None:
-        self._server.close()
+    async def _sever(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         await self._cut()
+
+    async def _flow(self, way: Way, on: bool) -> None:
+        for name, direction in (("up", self.up), ("down", self.down)):
+            if way in (name, "both"):
+                (direction.flowing.set if on else direction.flowing.clear)()
+
+    async def _close(self) -> None:
+        await self._flow("both", True)
+        await self._sever()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await asyncio.sleep(0)
@@ -196,6 +282,8 @@ class Proxy:
             connection.reset()
 
     async def _accept(self, near: asyncio.StreamReader, to_site: asyncio.StreamWriter) -> None:
+        before = self.cuts
+        await self.up.flowing.wait()
         host, _, port = self.target.rpartition(":")
         try:
             far, to_daemon = await asyncio.open_connection(host, int(port), limit=READ_BYTES)
@@ -210,10 +298,12 @@ class Proxy:
         connection = Connection((to_site, to_daemon))
         self.connections.append(connection)
         self._open.add(connection)
+        if self.cuts != before:  # while it was made
+            connection.reset()
         ways = (("up", self.up, near, to_daemon), ("down", self.down, far, to_site))
         tasks = []
         for way, direction, reader, writer in ways:
-            line = Line(SLOW_PIECES if direction.bytes_per_s else 1)
+            line = Line(direction)
             arrive = self._arrive(connection, way, direction, reader, line)
             tasks += [
                 asyncio.create_task(arrive),
@@ -240,9 +330,15 @@ class Proxy:
     ) -> None:
         data = b"start"
         while data:
-            data = await reader.read(direction.piece())
+            try:
+                data = await reader.read(direction.piece())
+            except OSError:
+                await direction.flowing.wait()
+                raise
+            await direction.flowing.wait()
             direction.count(len(data))
             setattr(connection, way, getattr(connection, way) + len(data))
+            data = direction.passed(data)
             await line.put((await direction.enter(len(data)), data))
 
 
@@ -252,6 +348,7 @@ async def _leave(line: Line, direction: Direction, writer: asyncio.StreamWriter)
         due, data = await line.get()
         if (wait := due - monotonic()) > 0:
             await asyncio.sleep(wait)
+        await direction.flowing.wait()
         writer.write(data)
         await writer.drain()
         direction.moments.append((monotonic(), len(data)))

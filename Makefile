@@ -91,7 +91,7 @@ bench-rounds: $(READY_TO_RUN) ## what a round costs without its bytes
 bench-codec: $(READY_TO_RUN) ## what one core encodes and decodes in a second
 	$(BIN)/farflung bench codec
 
-bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the same beside Flower and NVIDIA FLARE (half an hour)
+bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the same beside Flower and NVIDIA FLARE (a quarter of an hour)
 	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
 kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends: SAMPLE=40 SEED=1 MOMENTS=300

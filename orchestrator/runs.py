@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 AGAIN_S = 5.0
 """Between two attempts to reach what a round needs; whoever is reached tries longer itself."""
 
+PAUSE_S = 0.5
+"""Between two attempts of a round, then twice as long each time, up to `AGAIN_S`: a site that fails at once
+(its disk is full) would else use up all of them before what ails it can pass."""
+
 
 class Runner:
     """Runs the queue in a thread of its own.
@@ -174,6 +178,9 @@ class Runner:
                         row.id, number, self._last_attempt(row, number), outcome.reason
                     )
                     return self._pause(row, f"round {number}: {outcome.reason}")
+                self._changed(row.id, False)
+                self._ending.wait(min(AGAIN_S, PAUSE_S * 2 ** (tries - 1)))
+                continue
             self._changed(row.id, False)
         return None
 

@@ -1,6 +1,7 @@
 """The queue of runs: one after the other, and whatever happens to one of them, the next one's turn comes."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(
         runs_module, "first", lambda engine, run, abandoning="": bench.round(engine, run, 0)
     )
+    monkeypatch.setattr(runs_module, "PAUSE_S", 0.01)
     yield bench
     if bench.runner._thread.is_alive():
         bench.runner.end()
@@ -151,13 +153,18 @@ def test_the_run_that_was_under_way_goes_first(bench: Bench) -> None:
     assert bench.bench.ledger.run("b").started == 1.0
 
 
-def test_attempts_are_made_again_and_then_the_run_is_paused(bench: Bench) -> None:
+def test_attempts_are_made_again_and_then_the_run_is_paused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_module, "PAUSE_S", 0.1)
     bench.bench.run("a", rounds=2)
     bench.bench.run("b", rounds=1)
+    times: list[float] = []
 
     def fails(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
         if run.id == "b" or number == 0:
             return bench.commit(run, number)
+        times.append(time.monotonic())
         attempt = len([1 for r, n, _ in bench.asked if (r, n) == ("a", 1)])
         row = RoundRow("a", 1, attempt)
         engine.ledger.plan_round(row, abandoning=abandoning)
@@ -173,6 +180,9 @@ def test_attempts_are_made_again_and_then_the_run_is_paused(bench: Bench) -> Non
         (1, "below the quorum, 1"),
         (1, "below the quorum, 2"),
     ]
+    # What makes an attempt fail at once gets time to pass, longer each time.
+    assert times[1] - times[0] >= 0.1
+    assert times[2] - times[1] >= 0.2
     states = [r.state for r in bench.bench.ledger.rounds("a", all_attempts=True)]
     assert states == ["committed", "abandoned", "abandoned", "abandoned"]
     # It does not stand in the way of others, and may be tried again.

@@ -291,8 +291,9 @@ class Fetcher:
             free += self._spares.clear()
         if free < index.nbytes + SPARE_BYTES:
             raise OutOfSpace(
-                f"a model of {index.nbytes} bytes does not fit: {free} bytes are free at this site",
-                needed=index.nbytes,
+                f"a model of {index.nbytes} bytes does not fit: {free} bytes are free at this site, and"
+                f" {SPARE_BYTES} are to stay free",
+                needed=index.nbytes + SPARE_BYTES,
                 free=free,
             )
         return index

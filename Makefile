@@ -4,6 +4,7 @@
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
 #   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
 #   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points without
+#   MINUTES=20 RATE=300 SEED=1   how long `make chaos` storms, how many faults an hour, and which
 #   PEERS_ARGS="--sizes 10,100 --readme"   what `make bench-peers` does
 #
 # Where packages come from is pip's own business: its environment variables and configuration
@@ -31,11 +32,13 @@ SEEDS ?=
 SAMPLE ?= 0
 SEED ?= 0
 MOMENTS ?= 0
+MINUTES ?= 20
+RATE ?= 300
 BENCH_ARGS ?=
 PEERS_ARGS ?=
 RUNS ?= 1000000
 
-.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers kill-anywhere fuzz env clean
+.PHONY: help demo test test-all check format protos docs evidence-seeds evidence-calibration evidence-distillation bench bench-exchange bench-rounds bench-codec bench-peers kill-anywhere chaos fuzz env clean
 
 help: ## say what the targets do
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -96,6 +99,9 @@ bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the
 
 kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends: SAMPLE=40 SEED=1 MOMENTS=300
 	$(BIN)/python -m tests.chaos.kill_anywhere --seed $(SEED) --sample $(SAMPLE) --random $(MOMENTS)
+
+chaos: $(READY_TO_DEVELOP) ## a storm of faults against a real federation: MINUTES=20 RATE=300 SEED=1 (and as long again)
+	$(BIN)/python -m tests.chaos.storm --minutes $(MINUTES) --rate $(RATE) --seed $(SEED)
 
 fuzz: $(READY_TO_DEVELOP) ## random bytes, led by coverage, against everything that decodes what is received: RUNS=1000000
 	$(BIN)/python -m tests.chaos.fuzz --runs $(RUNS)

@@ -3,7 +3,7 @@
 #   PYTHON=python3.12      which interpreter .venv is made from (3.11 or later)
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
 #   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
-#   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points without
+#   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points and 300 moments without
 #   MINUTES=20 RATE=300 SEED=1   how long `make chaos` storms, how many faults an hour, and which
 #   PEERS_ARGS="--sizes 10,100 --readme"   what `make bench-peers` does
 #
@@ -31,7 +31,7 @@ ROWS ?=
 SEEDS ?=
 SAMPLE ?= 0
 SEED ?= 0
-MOMENTS ?= 0
+MOMENTS ?= 300
 MINUTES ?= 20
 RATE ?= 300
 BENCH_ARGS ?=
@@ -97,7 +97,7 @@ bench-codec: $(READY_TO_RUN) ## what one core encodes and decodes in a second
 bench-peers: $(READY_TO_RUN) $(PEERS)/flower/.ready $(PEERS)/flare/.ready ## the same beside Flower and NVIDIA FLARE (a quarter of an hour)
 	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
-kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends: SAMPLE=40 SEED=1 MOMENTS=300
+kill-anywhere: $(READY_TO_DEVELOP) ## SIGKILL at every fault point of both ends and at random moments: SAMPLE=40 SEED=1 MOMENTS=300
 	$(BIN)/python -m tests.chaos.kill_anywhere --seed $(SEED) --sample $(SAMPLE) --random $(MOMENTS)
 
 chaos: $(READY_TO_DEVELOP) ## a storm of faults against a real federation: MINUTES=20 RATE=300 SEED=1 (and as long again)

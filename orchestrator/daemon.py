@@ -74,7 +74,7 @@ class Daemon:
         self.dashboard = ""
 
     def start(self) -> None:
-        """Start everything; Ray comes up while sites are already connecting."""
+        """Start everything; Ray comes up once sites can connect."""
         home = self.home
         self._closing.callback(home.lock().close)
         home.make_folders()
@@ -120,11 +120,11 @@ class Daemon:
             workers=settings.num_cpus,
         )
         self.runner = Runner(self.engine, self.changed)
-        self.compute.start()
         self._closing.callback(self.compute.stop)
-        reach("daemon.compute.started")
         self._serve_sites()
         reach("daemon.sites.served")
+        self.compute.start()
+        reach("daemon.compute.started")
         self._serve_operators()
         self._serve_page()
         self._closing.callback(lambda: self.sessions.drain("the orchestrator is stopping"))

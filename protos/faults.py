@@ -6,7 +6,8 @@ follows what lies in that folder:
 
     plan     JSON, a `Fault`: what to do at which point. It is taken up whenever it appears, renamed
              to ``done``, and only then done
-    trace    a line for every point that was reached: the kind of process and the point
+    trace    a line for every point that was reached: the kind of process, the point, and the
+             seconds of `time.monotonic`, one clock for all processes of a machine
 
 Whoever puts a plan there renames it into place.
 """
@@ -37,7 +38,7 @@ class Fault:
         at: Name of the point.
         hit: At which time that it is reached, counted from when a process sees the plan.
         do: kill (SIGKILL of the process itself), stop (SIGSTOP), delay, or raise (an `OSError`).
-        process: Which kind of process: daemon, link or trainer; empty for whichever comes first.
+        process: Which kind of process: daemon, gateway, link or trainer; empty for whichever comes first.
         seconds: How long to delay.
         error: Name of the error to raise.
     """
@@ -83,7 +84,7 @@ class _Following:
         if name not in POINTS:
             raise ValueError(f"the fault point {name} is not in the list")
         with self._lock:
-            os.write(self._trace, f"{self._process} {name}\n".encode())
+            os.write(self._trace, f"{self._process} {name} {time.monotonic():.6f}\n".encode())
             fault = self._current()
             if fault is None or fault.at != name or fault.process not in ("", self._process):
                 return

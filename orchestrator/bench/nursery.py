@@ -31,7 +31,7 @@ START_S = 120.0
 
 # Runs in the process that the link starts: no import of ours, it is to be small.
 CLIENT = """
-import array, json, os, socket, sys
+import array, json, os, signal, socket, sys
 door = socket.socket(socket.AF_UNIX)
 door.connect(sys.argv[1])
 words = json.dumps({"cwd": os.getcwd(), "argv": sys.argv[2:], "environment": dict(os.environ)})
@@ -40,8 +40,10 @@ door.sendmsg([len(words).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RI
 door.sendall(words.encode())
 for number in (0, 1):
     os.close(number)
-code = door.recv(1)
-sys.exit(code[0] if code else 1)
+code = (door.recv(1) or bytes([1]))[0]
+if code > 128:
+    os.kill(os.getpid(), code - 128)
+sys.exit(code)
 """
 
 

@@ -22,6 +22,7 @@ from orchestrator.reception import Reception
 from orchestrator.site_server import ServerKeys, add_port, site_server
 from orchestrator.site_service import BulkService
 from orchestrator.store import open_store
+from protos import faults
 from protos.allocator import use_few_arenas
 from protos.bulk import add_bulk
 from protos.errors import FarflungError
@@ -68,6 +69,7 @@ def main() -> None:
         ended.set()
 
     signal.signal(signal.SIGTERM, end)
+    faults.enter("gateway")
     use_few_arenas()
     log_to(home.log, f"gateway-{number}")
     try:

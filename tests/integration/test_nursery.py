@@ -1,5 +1,6 @@
 """Trainers that are forked from one process: they speak, end and are ended as others are."""
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,3 +68,12 @@ def test_a_link_that_kills_it_leaves_nothing(nursery: Nursery, tmp_path: Path) -
     process.communicate()
     gone, alive = psutil.wait_procs(forked, 30)
     assert (len(gone), alive) == (1, [])
+
+
+def test_one_that_is_killed_looks_killed(nursery: Nursery, tmp_path: Path) -> None:
+    process = trainer(nursery, tmp_path)
+    started(process)
+    (forked,) = psutil.Process(nursery.pid).children()
+    forked.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL

@@ -32,6 +32,7 @@ whether they are there. What faults at named points need, `protos.faults` says.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -214,9 +215,31 @@ class FaultyFederation(Federation):
 
     def trace(self, who: str) -> list[tuple[str, str]]:
         """What was reached so far: kind of process and point, in order."""
+        return [(process, point) for process, point, _ in self.timed_trace(who)]
+
+    def timed_trace(self, who: str) -> list[tuple[str, str, float]]:
+        """The same, with the seconds of `time.monotonic`."""
         file = self.faults(who) / TRACE
         lines = file.read_text().splitlines() if file.exists() else []
-        return [tuple(line.split(" ", 1)) for line in lines]  # type: ignore[misc]
+        words = (line.split(" ") for line in lines)
+        return [(process, point, float(when)) for process, point, when in words]
+
+    def trace_bytes(self, who: str) -> int:
+        """How long the trace is."""
+        file = self.faults(who) / TRACE
+        return file.stat().st_size if file.exists() else 0
+
+    def traced(self, who: str, process: str, after: int) -> bool:
+        """Whether a kind of process got anywhere after so many bytes of the trace."""
+        with (self.faults(who) / TRACE).open() as file:
+            file.seek(after)
+            return any(line.startswith(f"{process} ") for line in file)
+
+    def forget_traces(self) -> None:
+        """Begin to trace anew."""
+        for who in (DAEMON, *self.sites):
+            if (file := self.faults(who) / TRACE).exists():
+                os.truncate(file, 0)
 
     # -- what the ledger says, whether there is a daemon or not --------------------------------------
 

@@ -21,6 +21,7 @@ class Field:
         policy: ``[policy]`` of every site.
         environment: Variables of all processes, on top of this one's.
         trainer: Further keys of ``[trainer]`` of every site.
+        kind: Of federation.
         faults: What `FaultyFederation` takes beside.
     """
 
@@ -31,12 +32,13 @@ class Field:
         policy: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
         trainer: dict[str, Any] | None = None,
+        kind: type[FaultyFederation] = FaultyFederation,
         **faults: Any,
     ) -> None:
         self.switches = {name: root / "switches" / name for name in (*SITES, ORCHESTRATOR)}
         for folder in self.switches.values():
             folder.mkdir(parents=True)
-        self.federation = FaultyFederation(
+        self.federation = kind(
             root,
             {
                 site: {

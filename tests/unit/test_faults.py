@@ -72,11 +72,15 @@ def test_without_the_variable_nothing_happens(tmp_path: Path) -> None:
 
 def test_a_process_is_killed_where_and_when_it_was_said(tmp_path: Path) -> None:
     Fault("outbox.synced", hit=2, process="link").put(tmp_path)
+    began = time.monotonic()
     done = run(TWO, tmp_path)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
-    assert (tmp_path / faults.TRACE).read_text().split("\n")[:-1] == [
-        "link outbox.synced", "link outbox.renamed", "link outbox.synced",
+    lines = [line.split(" ") for line in (tmp_path / faults.TRACE).read_text().splitlines()]
+    assert [words[:2] for words in lines] == [
+        ["link", "outbox.synced"], ["link", "outbox.renamed"], ["link", "outbox.synced"],
     ]  # fmt: skip
+    times = [float(when) for _, _, when in lines]
+    assert began <= times[0] <= times[1] <= times[2] <= time.monotonic()
     assert not (tmp_path / faults.PLAN).exists()
     assert (tmp_path / faults.DONE).exists()
     assert run(TWO, tmp_path).stdout == "alive\n"  # once

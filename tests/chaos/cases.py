@@ -1,0 +1,84 @@
+"""The cases of `make kill-anywhere`: which process is killed where, in which runs, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from protos.faults import POINTS
+
+MOMENT, ROUSED = "a random moment", "after another kill"
+
+
+class Shape(NamedTuple):
+    """A kind of run.
+
+    Attributes:
+        hidden: Units of the model: of many, contributions travel in calls of their own, of few, with
+            the control stream.
+        rounds: Of the run.
+        distils: Whether the orchestrator distils too, for which it starts a process in every round.
+        processes: That may be killed.
+    """
+
+    hidden: int
+    rounds: int
+    distils: bool = False
+    processes: tuple[str, ...] = ("daemon", "link", "trainer")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a process is killed.
+
+    Attributes:
+        process: daemon, gateway, link or trainer.
+        at: The point, or `MOMENT`.
+        shape: Of the run.
+        roused: Whether the process gets there only after another kill.
+        number: Tells random moments apart.
+    """
+
+    process: str
+    at: str
+    shape: str
+    roused: bool = False
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """For people, and for the file of results."""
+        words = [self.process, self.at, *([ROUSED] if self.roused else []), f"({self.shape})"]
+        return " ".join([*words, *([str(self.number)] if self.number else [])])
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The case of a name."""
+        rest, _, shape = name.partition(" (")
+        shape, _, number = shape.partition(")")
+        process, _, at = rest.partition(" ")
+        roused = at.endswith(ROUSED)
+        at = at.removesuffix(ROUSED).strip()
+        return cls(process, at, shape, roused, int(number or 0))
+
+
+class Result(NamedTuple):
+    """What came of a case.
+
+    Attributes:
+        name: Of the case.
+        struck: Whether the process got to the point.
+        identical: Whether the run is the undisturbed one.
+        why: What is different.
+    """
+
+    name: str
+    struck: bool
+    identical: bool
+    why: str = ""
+
+
+def points(names: Iterable[str]) -> set[str]:
+    """The points that cases of these names are about."""
+    return {at for name in names if (at := Case.named(name).at) in POINTS}

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from protos.faults import Fault
@@ -67,7 +68,9 @@ class End:
         name: Of the site, or `ORCHESTRATOR`.
         case: What is set up; None for nothing.
         since: Rounds that were committed then.
-        due: When it is killed, of a random moment; when there is another kill, of a point that needs one.
+        due: When it is killed, of a random moment, and unknown while it does nothing; when there is
+            another kill, of a point that needs one.
+        mark: How far its trace was then.
         roused: Such kills.
         trained: Round in which its trainer was killed last.
         read: How far its trace was read.
@@ -77,6 +80,7 @@ class End:
     case: Case | None = None
     since: int = 0
     due: float = 0.0
+    mark: int = 0
     roused: int = 0
     trained: int = -1
     read: int = 0
@@ -114,13 +118,16 @@ class Arena:
         shapes: Of runs, by name.
         seed: Of what is drawn.
         found: Cases that came up: points that are reached only after a kill.
+        known: What undisturbed runs of a shape reach; looked at where it is not given.
+        interval: Steps between two checkpoints of a site: what a kill may cost.
     """
 
     ground: Field
     shapes: dict[str, Shape]
     seed: int = 0
     found: dict[str, Case] = field(default_factory=dict)
-    _seen: dict[str, Seen] = field(default_factory=dict)
+    known: dict[str, Seen] = field(default_factory=dict)
+    interval: int = 1
     _runs: int = 0
 
     def __post_init__(self) -> None:
@@ -201,7 +208,7 @@ class Arena:
 
     def seen(self, shape: str) -> Seen:
         """What an undisturbed run of a shape reaches."""
-        if shape not in self._seen:
+        if shape not in self.known:
             federation = self.ground.federation
             federation.forget_traces()
             rounds, began = self.shapes[shape].rounds, time.monotonic()
@@ -222,8 +229,8 @@ class Arena:
             seldom = {key for key, count in whole.items() if count < rounds - 1}
             first = [key for key in early if key in seldom]
             last = [key for key in late if key in seldom and key not in early]
-            self._seen[shape] = Seen(often, first, last, seconds)
-        return self._seen[shape]
+            self.known[shape] = Seen(often, first, last, seconds)
+        return self.known[shape]
 
     def cases(self, shape: str) -> list[Case]:
         """Every process and point that a run of this shape reaches."""
@@ -285,6 +292,8 @@ class Arena:
         federation, now = self.ground.federation, time.monotonic()
         if (case := end.case) is not None:
             if case.at == MOMENT:
+                if end.due == inf and federation.traced(end.name, case.process, end.mark):
+                    end.due = now + self.draw.uniform(0.0, 2 * seen.seconds)
                 struck = now >= end.due and self._kill_now(end.name, case.process)
             else:
                 struck = federation.struck(end.name)
@@ -322,7 +331,9 @@ class Arena:
 
     def _set_up(self, end: End, case: Case, seen: Seen, done: int) -> None:
         end.case, end.since, end.roused = case, done, 0
-        end.due = time.monotonic() + self.draw.uniform(0.0, max(1.0, seen.seconds))
+        end.due, end.mark = inf, self.ground.federation.trace_bytes(end.name)
+        if case.roused:
+            end.due = time.monotonic() + ROUSE_S
         if case.at != MOMENT:
             often = 1 if case.roused else seen.often.get((case.process, case.at), 1)
             hit = self.draw.randint(1, min(often, 5))
@@ -377,7 +388,7 @@ class Arena:
         found = self.ground.federation.client.verify(out.run)
         if found.problems:
             return f"verify: {found.problems[0].text}"
-        if out.again > out.kills:
+        if out.again > out.kills * self.interval:
             return f"{out.again} steps were trained again after {out.kills} kills"
         is_, should = self.rounds(out.run), self.undisturbed(shape, seed)
         words = ("model", "outer state", "memos", "scores", "site scores", "calibration")

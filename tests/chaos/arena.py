@@ -165,34 +165,24 @@ class Arena:
         return self.ground.federation.launch(config)
 
     def told(self, run: str) -> tuple[str, str, int]:
-        """A run's state, its reason, and how many rounds it has committed, the first model apart.
-
-        From the ledger itself, whether there is a daemon or not.
-        """
-        query = (
-            "SELECT state, reason, (SELECT count(*) FROM rounds WHERE run = id "
-            "AND rounds.state = 'committed' AND round > 0) FROM runs WHERE id = ?"
-        )
-        return self._asked(query, run)[0]  # type: ignore[return-value]
+        """A run's state, its reason, and how many rounds it has committed, the first model apart."""
+        federation = self.ground.federation
+        return (*federation.state(run), len(federation.committed(run)))
 
     def rounds(self, run: str) -> dict[int, tuple[Any, ...]]:
         """What a run came to, for each round: model, outer state, memos, scores, calibration."""
-        rows = self._asked(
+        words = (
             "SELECT round, model, outer_state, memos, summary FROM rounds "
-            "WHERE run = ? AND state = 'committed' ORDER BY round",
-            run,
+            "WHERE run = ? AND state = 'committed' ORDER BY round"
         )
+        with closing(sqlite3.connect(self.ground.federation.home.ledger, timeout=10)) as db:
+            rows = db.execute(words, (run,)).fetchall()
         out = {}
         for number, model, outer, memos, text in rows:
             summary = json.loads(text)
             scores = [summary.get(name) for name in ("scores", "site_scores", "calibration")]
             out[number] = (model, outer, memos, *scores)
         return out
-
-    def _asked(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        ledger = self.ground.federation.home.ledger
-        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10)) as db:
-            return db.execute(query, values).fetchall()
 
     def undisturbed(self, shape: str, seed: int) -> dict[int, tuple[Any, ...]]:
         """What a run comes to that nothing disturbs."""

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator.compute.errors import ComputeDied
 from orchestrator.holding import after_rejected, held_round, settle
+from orchestrator.intact import check_intact
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.retention import retire
 from orchestrator.rounds.engine import Engine
@@ -124,7 +125,7 @@ class Runner:
         elif (left := held_round(ledger, row.id)) is not None and not self._settled(row, left):
             return None  # the daemon before this one ended between the two
         behind = after_rejected(ledger, row.id)
-        abandoning, waiting, tries, died = "", "", 0, -1
+        abandoning, waiting, tries, died, looked = "", "", 0, -1, False
         while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
@@ -140,6 +141,9 @@ class Runner:
             if row.id in self._stop_after or row.id in self._stop_now:
                 return self._stopped(row)
             try:
+                if not looked:
+                    check_intact(self._engine, row)
+                    looked = True
                 outcome = self._one(row, number, abandoning)
             except ComputeDied as error:
                 if died == number or self._ending.is_set():

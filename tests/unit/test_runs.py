@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator import runs as runs_module
 from orchestrator.compute.errors import ComputeDied
 from orchestrator.holding import for_decision, reject, release
-from orchestrator.ledger import Ledger, RoundRow, RunRow
+from orchestrator.ledger import Ledger, PlanRow, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.page import Outcome
 from orchestrator.runs import Runner
 from protos.errors import ComputeFailed, Conflict, Unavailable
+from tests.support.disk import flip
 from tests.support.workbench import Workbench
 
 WAIT_S = 20.0
@@ -189,6 +191,37 @@ def test_attempts_are_made_again_and_then_the_run_is_paused(
     bench.until("b", "finished")
     bench.does = lambda engine, run, number, abandoning: bench.commit(run, number)
     bench.bench.ledger.set_run("a", state="queued", reason="")
+    bench.runner.wake()
+    bench.until("a", "finished")
+
+
+def test_a_run_does_not_go_on_with_what_a_disk_damaged(bench: Bench) -> None:
+    """The base, and what counts for the round under way; restored from a copy, the run goes on."""
+    work = bench.bench
+    work.enrol("east")
+    work.run("a", rounds=2)
+    base = work.commit("a", 0).model
+    covered = work.store.manifest(work.store.index(base).manifest)
+    sent = work.contribution("east", covered, {"w": torch.zeros(2)}, run="a")
+    asked = PlanRow("a", 1, 1, "train", "east", b"plan", sent.work_digest)
+    work.ledger.plan_round(RoundRow("a", 1, 1, started=time.time()), [asked])
+    assert work.ledger.accept(sent).verdict == "counted"
+    bench.does = lambda engine, run, number, abandoning: bench.commit(run, number)
+    bench.runner.start()
+    for name, what in (
+        (base, "the shared part of the model of round 0"),
+        (sent.index, "site east"),
+    ):
+        copy = work.store.path(name).read_bytes()
+        flip(work.store.path(name))
+        work.ledger.set_run("a", state="queued", reason="")
+        bench.runner.wake()
+        row = bench.until("a", "paused")
+        assert what in row.reason
+        assert "chunk 0 is damaged" in row.reason
+        assert not bench.asked
+        work.store.path(name).write_bytes(copy)
+    work.ledger.set_run("a", state="queued", reason="")
     bench.runner.wake()
     bench.until("a", "finished")
 

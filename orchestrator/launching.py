@@ -104,21 +104,25 @@ def _check_strategies(engine: Engine, config: RunConfig) -> RunConfig:
         "check_stack", {"stack": [c.model_dump(mode="json") for c in config.stack]}
     )
     missing = AT_THE_ORCHESTRATOR & set(checked["needs"])
-    if missing and config.task.name not in engine.config.tasks:
+    holdout, here = config.assess.holdout, config.task.name in engine.config.tasks
+    if (missing or holdout) and not here:
+        key, what = (
+            ("strategy", sorted(missing)) if missing else ("assess.holdout", ["its data is"])
+        )
         raise ConfigInvalid(
-            f"run.toml: strategy: {' and '.join(sorted(missing))} needed, but this orchestrator does "
+            f"run.toml: {key}: {' and '.join(what)} needed, but this orchestrator does "
             f"not have the task {config.task.name}; add [tasks.{config.task.name}] to "
             f"{engine.home.config_file}",
-            key="strategy",
+            key=key,
         )
-    if checked["asks_task"] and config.task.name in engine.config.tasks:
+    if (checked["asks_task"] or holdout) and here:
         _check_task(engine, config)
     stack = tuple(c.model_copy(update={"params": checked["fields"][c.name]}) for c in config.stack)
     return config.model_copy(update={"strategy": stack})
 
 
 def _check_task(engine: Engine, config: RunConfig) -> None:
-    """Have the orchestrator's own task asked for what the strategies need of it.
+    """Have the orchestrator's own task asked for what the run needs of it.
 
     Where the orchestrator does not have it, the sites are asked before they train.
     """
@@ -126,6 +130,7 @@ def _check_task(engine: Engine, config: RunConfig) -> None:
         "task": engine.task(config),
         "stack": [c.model_dump(mode="json") for c in config.stack],
         "seed": config.seed,
+        "holdout": config.assess.holdout,
     }
     try:
         engine.isolated("check_task", args)

@@ -79,13 +79,16 @@ class LocalSection(Section):
 
 
 class AssessSection(Section):
-    """Whether candidates are evaluated at the sites.
+    """Whether candidates are evaluated, and by whom.
 
     Attributes:
-        every: Assess every n-th round (and the last one); 0: never.
+        every: Assess every n-th round (and the last one) at the sites; 0: never.
+        holdout: Evaluate what they assess on the orchestrator's own data too: ``val_data`` and
+            ``test_data`` of its task. Tensors that are placed at the sites are not theirs there.
     """
 
     every: int = Field(1, ge=0)
+    holdout: bool = False
 
 
 class GateSection(Section):
@@ -94,9 +97,10 @@ class GateSection(Section):
     A held round keeps its candidate and its closed set: neither decision trains anything again.
 
     Attributes:
-        tolerance: How much worse a round's model may be, at the sites' validation data, than the
-            last one that was assessed: the accuracy lost, as a share (0.01 is one point), or, of a
-            task without accuracy, the share by which the loss grows. None: it is not judged.
+        tolerance: How much worse a round's model may be, on the sites' validation data or on the
+            orchestrator's (``assess.holdout``), than the last one that was assessed there: the
+            accuracy lost, as a share (0.01 is one point), or, of a task without accuracy, the share
+            by which the loss grows. None: it is not judged.
         norm: A contribution whose update's norm is more than this many times the median of its
             cohort (of three or more) is an outlier.
         cosine: One whose update has a smaller cosine than this to the sum of the others' is an
@@ -163,6 +167,8 @@ class RunConfig(Section):
     def _judged(self) -> RunConfig:
         if self.gate.tolerance is not None and self.assess.every == 0:
             raise ValueError("gate.tolerance needs assessed rounds: assess.every must not be 0")
+        if self.assess.holdout and self.assess.every == 0:
+            raise ValueError("assess.holdout needs assessed rounds: assess.every must not be 0")
         return self
 
     @property

@@ -182,6 +182,8 @@ orchestrator/rounds/first.py
     first.planned first.closed first.made first.adopted
 orchestrator/rounds/gather.py
     round.closing round.closed
+orchestrator/rounds/holdout.py
+    assess.holdout
 orchestrator/rounds/plan.py
     round.drawn round.planned round.carried
 orchestrator/rounds/reduce.py

@@ -22,5 +22,6 @@ FUNCTIONS: dict[str, str] = {
     "to_safetensors": "orchestrator.arithmetic.models:to_safetensors",
     "deploy": "orchestrator.arithmetic.models:deploy",
     "refine": "orchestrator.arithmetic.refining:refine",
+    "holdout": "orchestrator.arithmetic.holdout:holdout",
 }
 """What the daemon may ask the compute process to run."""

@@ -20,6 +20,7 @@ from orchestrator.arithmetic.planning import stack_of
 from protos.errors import InvalidInput
 from protos.manifest import Manifest, Placement, TensorSpec
 from protos.tensors import dtype_name, iterate_bytes, map_file
+from strategies.holdout import check_holdout
 from strategies.loading import load_task
 from strategies.manifest import describe
 from strategies.needs import AT_THE_ORCHESTRATOR, check_needs
@@ -52,17 +53,19 @@ def _task_of(args: Mapping[str, Any]) -> Task:
 
 
 def check_task(args: dict[str, Any]) -> dict[str, Any]:
-    """See that the task here has what the strategies need, and that its model can be built.
+    """See that the task here has what a run needs of it, and that its model can be built.
 
     Args:
-        args: As for `build`.
+        args: As for `build`, and ``holdout``: whether models are judged by its data.
 
     Raises:
-        ConfigInvalid: What is missing, for which strategy.
+        ConfigInvalid: What is missing, for what.
     """
-    stack = stack_of(args["stack"])
-    check_needs(stack.strategies, _task_of(args), AT_THE_ORCHESTRATOR)
-    if stack.having("build"):
+    task, stack = _task_of(args), stack_of(args["stack"])
+    check_needs(stack.strategies, task, AT_THE_ORCHESTRATOR)
+    if args["holdout"]:
+        check_holdout(task)
+    if args["holdout"] or stack.having("build"):
         build(args)
     return {}
 

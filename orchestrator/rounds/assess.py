@@ -18,6 +18,7 @@ from orchestrator.rounds.engine import (
     payload_specs,
 )
 from orchestrator.rounds.gather import Closed
+from orchestrator.rounds.holdout import with_holdout
 from orchestrator.rounds.plan import plan_rows
 from orchestrator.rounds.refine import refined_by, without
 from orchestrator.rounds.tolerance import judge, judged, too_many_to_blame, too_much_worse
@@ -66,6 +67,8 @@ def assess(
         assessed = _calibrated(engine, planned, candidate, assessed)
     if assessed is None:
         return None
+    if planned.config.assess.holdout and not candidate.held:
+        candidate, assessed = with_holdout(engine, planned, candidate, assessed)
     failed = {p.name: p for p in assessed.plugins if p.state == "skipped"}
     if failed and not candidate.held:
         left = tuple(p for p in assessed.plugins if p.name not in failed)

@@ -6,7 +6,7 @@ from statistics import median
 
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned
 from orchestrator.rounds.gather import Closed
-from orchestrator.rounds.tolerance import too_much_worse
+from orchestrator.rounds.tolerance import JUDGES, too_much_worse
 
 COHORT = 3
 """Fewer contributions than this don't say which of them is the outlier."""
@@ -52,21 +52,22 @@ def _opposed(planned: Planned, candidate: Candidate) -> list[str]:
 
 
 def _worse(engine: Engine, planned: Planned, assessed: Assessment) -> list[str]:
-    """Whether the model is worse than the last one that was assessed; unassessed it can't be judged."""
-    tolerance = planned.config.gate.tolerance
-    if tolerance is None or not assessed.done or not _scored(assessed.scores):
+    """Where the model is worse than the last one that was assessed; unassessed it can't be judged."""
+    tolerance, reasons = planned.config.gate.tolerance, []
+    if tolerance is None:
         return []
-    before = planned.before.summary.get("scores", {})
-    if not _scored(before):
-        past = (
-            r.summary.get("scores", {}) for r in reversed(engine.ledger.history(planned.run.id))
-        )
-        before = next((scores for scores in past if _scored(scores)), {})
-    if not before:
-        return []
-    reason = too_much_worse(before, assessed.scores, tolerance)
-    return [reason] if reason else []
+    for split in JUDGES:
+        if not _scored(assessed.scores, split):
+            continue
+        before = planned.before.summary.get("scores", {})
+        if not _scored(before, split):
+            history = reversed(engine.ledger.history(planned.run.id))
+            past = (row.summary.get("scores", {}) for row in history)
+            before = next((scores for scores in past if _scored(scores, split)), {})
+        if before:
+            reasons.append(too_much_worse(before, assessed.scores, tolerance, split))
+    return [reason for reason in reasons if reason]
 
 
-def _scored(scores: dict[str, float]) -> bool:
-    return "val.accuracy" in scores or "val.loss" in scores
+def _scored(scores: dict[str, float], split: str) -> bool:
+    return f"{split}.accuracy" in scores or f"{split}.loss" in scores

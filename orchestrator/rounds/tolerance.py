@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final, Literal
 
 from orchestrator.rounds.engine import Assessment, Candidate, Engine, Planned
 from orchestrator.rounds.refine import without
+
+JUDGES: Final[Mapping[Literal["val", "holdout"], str]] = {"val": "validation", "holdout": "holdout"}
+"""Scores that steer, and what people call the data behind them."""
 
 
 def judged(planned: Planned, candidate: Candidate) -> bool:
@@ -60,31 +64,35 @@ def judge(
 
 
 def too_much_worse(
-    before: Mapping[str, float], after: Mapping[str, float], tolerance: float
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    tolerance: float,
+    split: Literal["val", "holdout"] = "val",
 ) -> str:
     """By how much a model is worse than what is tolerated, in words; empty if it is not.
 
     Args:
         before: Pooled scores of the model as it was.
         after: The same as it is now.
-        tolerance: The fall of ``val.accuracy``, or the relative rise of ``val.loss`` where a task
-            has no accuracy, that is still tolerated.
+        tolerance: The fall of the accuracy, or the relative rise of the loss where a task has no
+            accuracy, that is still tolerated.
+        split: Whose data judges: the sites', or the orchestrator's.
     """
-    name = "val.accuracy"
+    name = f"{split}.accuracy"
     if name in before and name in after:
         fall = before[name] - after[name]
         if fall <= tolerance:
             return ""
         return (
-            f"validation accuracy fell by {100 * fall:.2f} points, from {100 * before[name]:.2f} % "
+            f"{JUDGES[split]} accuracy fell by {100 * fall:.2f} points, from {100 * before[name]:.2f} % "
             f"to {100 * after[name]:.2f} %; {100 * tolerance:g} are tolerated"
         )
-    name = "val.loss"
+    name = f"{split}.loss"
     if name in before and name in after:
         if after[name] <= before[name] + tolerance * abs(before[name]):
             return ""
         return (
-            f"the validation loss rose from {before[name]:.4g} to {after[name]:.4g}; "
+            f"the {JUDGES[split]} loss rose from {before[name]:.4g} to {after[name]:.4g}; "
             f"{100 * tolerance:g} % of it are tolerated"
         )
     return "the sites did not assess it both with and without the plug-in on validation data"

@@ -15,8 +15,8 @@ from protos.errors import TaskFailed
 from protos.plan import Plan
 from strategies.context import Refinement, Update, seeded
 from strategies.distillation.ensemble import EnsembleDistillation, Teacher
-from strategies.distillation.holdout import holdout
 from strategies.distillation.proxy import Source, proxy_of
+from strategies.holdout import holdout
 from strategies.protocol import Family, Need
 
 WEIGHTS, FACTS = "student/student.safetensors", "student/student.json"

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from protos.errors import TaskFailed
 from strategies.context import Draft, Memo, Refinement, seeded
-from strategies.distillation.holdout import holdout
 from strategies.distillation.proxy import Source, needed_of, proxy_of
+from strategies.holdout import holdout
 from strategies.protocol import Family, Need, Strategy
 from strategies.row import Row, Seed, Site, at_least
 

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.child import program
 from orchestrator.views import Plugin, Round
+from protos.errors import ConfigInvalid
 from tests.support import wayward
 from tests.support.field import ORCHESTRATOR, Field
 
@@ -184,6 +185,32 @@ def test_a_held_round_is_released_or_rejected_without_training_again(field: Fiel
     told = farflung(field, "watch", run)
     assert told.returncode == 75
     assert "round 2 was rejected: site " in " ".join(told.stderr.split())
+
+
+def test_the_orchestrators_own_data_judge_too(field: Field) -> None:
+    """They are those of the site north, which has the same part of them."""
+    config = field.config("judged", rounds=1, assess={"holdout": True})
+    (round,) = complete(field, field.federation.launch(config))
+    (north,) = (row.scores for row in round.sites if row.site == "north")
+    for metric in ("accuracy", "nll", "ece", "brier"):
+        assert round.scores[f"holdout.{metric}"] == pytest.approx(north[f"val.{metric}"], abs=1e-9)
+        ours = round.scores[f"holdout_test.{metric}"]
+        assert ours == pytest.approx(north[f"test.{metric}"], abs=1e-9)
+
+    misbehave(field, "holdout")
+    with pytest.raises(ConfigInvalid, match="the labelled images are gone"):
+        field.federation.launch(config)
+    field.clear()
+    run = field.federation.launch(config | {"rounds": 3})
+    client = field.federation.client
+    field.federation.await_that(lambda: client.run(run).committed > 0, "round 1 committed", 120)
+    misbehave(field, "holdout")
+    last = complete(field, run)[-1]
+    (plugin,) = (p for p in last.plugins if p.name == "holdout")
+    assert plugin.state == "skipped"
+    assert "the labelled images are gone" in plugin.reason
+    assert "val.accuracy" in last.scores
+    assert "holdout.accuracy" not in last.scores
 
 
 def test_what_makes_the_model_worse_than_tolerated_has_no_part_in_it(

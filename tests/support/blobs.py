@@ -83,16 +83,21 @@ class Blobs(Task):
         return self._data(10 + self.settings.part, self.params.samples)
 
     def val_data(self) -> TensorDataset:
+        if self._fault() == "holdout":
+            raise ValueError("the labelled images are gone")
         return self._data(100 + self.settings.part, 60)
 
     def test_data(self) -> TensorDataset:
         return self._data(1000, 90)
 
     def proxy_data(self) -> TensorDataset:
-        fault = Path(self.settings.switches) / "fault"
-        if self.settings.switches and fault.exists() and fault.read_text() == "proxy":
+        if self._fault() == "proxy":
             raise ValueError("the proxy images are gone")
         return TensorDataset(self._data(2000, 80).tensors[0])
+
+    def _fault(self) -> str:
+        fault = Path(self.settings.switches) / "fault"
+        return fault.read_text() if self.settings.switches and fault.exists() else ""
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         if torch.is_grad_enabled() and self.settings.switches:

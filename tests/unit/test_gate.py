@@ -125,6 +125,26 @@ def test_a_model_is_judged_by_the_last_one_that_was_assessed(round: Round) -> No
     assert round.reason(planned, closed, {"test.accuracy": 0.1}) == "", "test data only report"
 
 
+def test_the_orchestrators_holdout_judges_too(round: Round) -> None:
+    scores = {"val.accuracy": 0.8, "holdout.accuracy": 0.7, "holdout_test.accuracy": 0.9}
+    round.bench.commit("r", 1, summary={"scores": scores})
+    planned, closed = round.planned(tolerance=0.02), round.contributions(a=[1, 0, 0, 0])
+    good = {"val.accuracy": 0.8, "holdout.accuracy": 0.69, "holdout_test.accuracy": 0.1}
+    assert round.reason(planned, closed, good) == ""
+    assert round.reason(planned, closed, good | {"holdout.accuracy": 0.6}) == (
+        "holdout accuracy fell by 10.00 points, from 70.00 % to 60.00 %; 2 are tolerated"
+    )
+    both = good | {"holdout.accuracy": 0.6, "val.accuracy": 0.5}
+    assert round.reason(planned, closed, both).count(" fell by ") == 2
+    assert round.reason(planned, closed, {"holdout.accuracy": 0.6}) != "", "no site assessed it"
+
+
+def test_a_holdout_that_is_never_asked_is_refused() -> None:
+    text = RUN_FILE.format(name="r", rounds=1)
+    with pytest.raises(ConfigInvalid, match=r"assess\.holdout needs assessed rounds"):
+        parse_run(text + "[assess]\nevery = 0\nholdout = true\n")
+
+
 def test_a_gate_that_can_never_judge_is_refused() -> None:
     text = RUN_FILE.format(name="r", rounds=1)
     with pytest.raises(ConfigInvalid, match=r"gate\.tolerance needs assessed rounds"):

@@ -162,6 +162,8 @@ def test_what_needs_the_task_is_refused_where_it_is_not(bare: Workbench) -> None
         go(bare)
     with pytest.raises(ConfigInvalid, match=r"proxy data needed.*does not have the task t"):
         go(bare, 'init = { from = "site:north" }\n' + LEAST + "[[strategy]]\nname = 'feddf'")
+    with pytest.raises(ConfigInvalid, match=r"assess\.holdout: its data is needed.* not have"):
+        go(bare, 'init = { from = "site:north" }\n' + LEAST + "[assess]\nholdout = true")
     assert bare.ledger.runs() == []
     assert go(bare, 'init = { from = "site:north" }\n' + LEAST).state == "queued"
 
@@ -178,6 +180,8 @@ def test_what_a_task_lacks_is_said_at_launch(bench: Workbench) -> None:
         ConfigInvalid, match=r"^run\.toml: task t: strategy feddf: it needs proxy data, which the t"
     ):
         go(bench, LEAST + "[[strategy]]\nname = 'feddf'")
+    with pytest.raises(ConfigInvalid, match=r"assess\.holdout: .* neither val_data nor test_data"):
+        go(bench, LEAST + "[assess]\nholdout = true")
     with pytest.raises(ConfigInvalid, match=r'strategy one: the model has no module "nowhere"'):
         go(bench, LEAST + "[[strategy]]\nname = 'one'\ntail = 'nowhere'")
     source.with_name("broken.py").write_text("raise ModuleNotFoundError('numpie')")

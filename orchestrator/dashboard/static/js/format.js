@@ -65,7 +65,7 @@ export const date = (t) =>
 
 export const short = (digest) => (digest ? digest.slice(0, 10) : none);
 
-const SETS = { val: "validation", test: "test", test_calibrated: "test, calibrated", val_calibrated: "validation, calibrated" };
+const SETS = { val: "validation", test: "test", test_calibrated: "test, calibrated", val_calibrated: "validation, calibrated", holdout: "holdout", holdout_test: "holdout, test" };
 const METRICS = {
   accuracy: "Accuracy",
   nll: "NLL",

@@ -39,8 +39,10 @@ ROUSE_S = 2.0
 ROUSED_MOST = 8
 PATIENCE = 2
 """Rounds in which a process gets to a point, or it does not."""
-AT_ENDS = {"daemon": True, "gateway": True, "link": False, "trainer": False}
+AT_ENDS = {"daemon": True, "gateway": True, "compute": True, "link": False, "trainer": False}
 """Kinds of process: whether they are the orchestrator's."""
+ONCE = ("trainer", "compute")
+"""Killed twice in a round, the plan of a trainer fails, and compute too often in minutes is given up."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class End:
             another kill, of a point that needs one.
         mark: How far its trace was then.
         roused: Such kills.
-        trained: Round in which its trainer was killed last.
+        spared: Round in which its trainer, or compute, was killed: not twice in one.
         read: How far its trace was read.
     """
 
@@ -82,7 +84,7 @@ class End:
     due: float = 0.0
     mark: int = 0
     roused: int = 0
-    trained: int = -1
+    spared: int = -1
     read: int = 0
 
 
@@ -282,7 +284,9 @@ class Arena:
         federation, now = self.ground.federation, time.monotonic()
         if (case := end.case) is not None:
             if case.at == MOMENT:
-                if end.due == inf and federation.traced(end.name, case.process, end.mark):
+                lives = case.process == "compute"  # it has no points
+                lives = lives or federation.traced(end.name, case.process, end.mark)
+                if end.due == inf and lives:
                     end.due = now + self.draw.uniform(0.0, 2 * seen.seconds)
                 struck = now >= end.due and self._kill_now(end.name, case.process)
             else:
@@ -295,8 +299,8 @@ class Arena:
                 out.struck.append(case)
                 out.kills += 1
                 self._look_for_others(end, case, seen)
-                if case.process == "trainer":
-                    end.trained = done
+                if case.process in ONCE:
+                    end.spared = done
             elif gone and federation.forgive(end.name):
                 out.missed.append(case)
             else:
@@ -312,8 +316,8 @@ class Arena:
     def _fits(self, end: End, case: Case, seen: Seen, done: int, last: bool) -> bool:
         if AT_ENDS[case.process] is not (end.name == ORCHESTRATOR):
             return False
-        if case.process == "trainer" and end.trained == done:
-            return False  # killed twice in a round, its plan fails: that is another matter
+        if case.process in ONCE and end.spared == done:
+            return False
         key = (case.process, case.at)
         if key in seen.first and not case.roused:
             return done == 0
@@ -355,8 +359,12 @@ class Arena:
         family = child.tree()
         if process == "gateway":
             family = [one for one in family if "orchestrator.gateway" in one.cmdline()]
-        elif process == "trainer":
+        elif process in ONCE:
             family = family[1:]
+            if (
+                process == "compute"
+            ):  # its driver, its supervisors, Ray's own processes, or a worker
+                self.draw.shuffle(family)
         else:
             family = family[:1]
         for one in family[:1]:

@@ -33,7 +33,7 @@ class Case:
     """Where a process is killed.
 
     Attributes:
-        process: daemon, gateway, link or trainer.
+        process: daemon, gateway, compute, link or trainer.
         at: The point, or `MOMENT`.
         shape: Of the run.
         roused: Whether the process gets there only after another kill.

@@ -32,7 +32,7 @@ from typing import Any
 
 from orchestrator.bench.nursery import Nursery
 from protos.faults import POINTS
-from tests.chaos.arena import EPOCHS, PER_STEP_S, STEPS, Arena, Disturbed
+from tests.chaos.arena import EPOCHS, PER_STEP_S, STEPS, Arena, Disturbed, Seen
 from tests.chaos.cases import MOMENT, Case, Result, Shape, points
 from tests.chaos.recovery import Recoveries, recoveries
 from tests.support.field import SITES, Field
@@ -42,8 +42,12 @@ SHAPES = {
     "large": Shape(30_000, 10),
     "small": Shape(12, 6, distils=True),
     "gateway": Shape(30_000, 6, processes=("gateway",)),
+    "whole": Shape(30_000, 13),
 }
-RECOVERY = {"recovery": Shape(30_000, 13)}
+"""The last one in a federation that has to start its own Ray and its trainers."""
+COMPUTE = 4
+"""Kills in the compute process. It has no points: nobody knows what it writes until the daemon adopts it.
+One that dies five times within five minutes is given up."""
 TRIES = 3
 """Runs in which a process is waited for at a point."""
 
@@ -198,11 +202,14 @@ def main() -> int:
         with ground(folder / "gateways", {"gateways": {"processes": 1}}) as field:
             arena = Arena(field, SHAPES, chosen.seed, record.found)
             work_off(arena, arena.cases("gateway"), record)
-        if record.recoveries is None:
-            plain = Field(folder / "recovery", trainer={"checkpoint": PER_STEP_S})
-            with plain.federation:
-                found = recoveries(Arena(plain, RECOVERY, chosen.seed), "recovery")
-            record.add(vars(found))
+        plain = Field(folder / "whole", trainer={"checkpoint": PER_STEP_S})
+        with plain.federation:
+            known = {"whole": Seen({}, [], [], 3.0)}
+            arena = Arena(plain, SHAPES, chosen.seed, record.found, known)
+            if record.recoveries is None:
+                record.add(vars(recoveries(arena, "whole")))
+            cases = [Case("compute", MOMENT, "whole", number=n + 1) for n in range(COMPUTE)]
+            work_off(arena, cases, record, others=False)
     starting = time.monotonic() - began - (record.sums["seconds"] - before)
     record.add({"runs": 0, "seconds": round(starting, 1)})
     conclude(record)

@@ -105,7 +105,13 @@ def work_off(arena: Arena, cases: Sequence[Case], record: Record, others: bool =
         record: What is done.
         others: Whether to go on with what comes up.
     """
-    batches, tries = [list(cases)], Counter[str]()
+    shape, tries = cases[0].shape, Counter[str]()
+
+    def with_others(cases: Sequence[Case]) -> list[Case]:
+        came_up = [case for case in record.found.values() if case.shape == shape]
+        return list(dict.fromkeys([*cases, *(came_up if others else [])]))
+
+    batches = [with_others(cases)]
     while batches:
         batch = [case for case in batches.pop() if case.name not in record.done]
         if not batch:
@@ -128,12 +134,10 @@ def work_off(arena: Arena, cases: Sequence[Case], record: Record, others: bool =
         for case in batch:
             if tries[case.name] >= TRIES and case.name not in record.done:
                 _write(record, Result(case.name, False, False))
-        for case in arena.found.values():
-            if case.name not in record.found:
-                record.add({"found": case.name})
-        shape = batch[0].shape
-        came_up = [c for c in record.found.values() if c.shape == shape] if others else []
-        batches.append(list(dict.fromkeys([*batch, *came_up])))
+        for name in arena.found:
+            if name not in record.found:
+                record.add({"found": name})
+        batches.append(with_others(batch))
 
 
 def _account(arena: Arena, came: Disturbed, record: Record, seconds: float) -> None:
@@ -186,7 +190,7 @@ def main() -> int:
     before = record.sums["seconds"]
     folder = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     with ground(folder / "plain") as field:
-        arena = Arena(field, SHAPES, chosen.seed, record.found)
+        arena = Arena(field, SHAPES, chosen.seed)
         moments = arena.draw.choices(("daemon", "link", "trainer"), k=chosen.random)
         cases = [Case(p, MOMENT, "large", number=n) for n, p in enumerate(moments, 1)]
         known: set[tuple[str, str]] = set()
@@ -200,12 +204,12 @@ def main() -> int:
             cases = []
     if not chosen.sample:
         with ground(folder / "gateways", {"gateways": {"processes": 1}}) as field:
-            arena = Arena(field, SHAPES, chosen.seed, record.found)
+            arena = Arena(field, SHAPES, chosen.seed)
             work_off(arena, arena.cases("gateway"), record)
         plain = Field(folder / "whole", trainer={"checkpoint": PER_STEP_S})
         with plain.federation:
             known = {"whole": Seen({}, [], [], 3.0)}
-            arena = Arena(plain, SHAPES, chosen.seed, record.found, known)
+            arena = Arena(plain, SHAPES, chosen.seed, known=known)
             if record.recoveries is None:
                 record.add(vars(recoveries(arena, "whole")))
             cases = [Case("compute", MOMENT, "whole", number=n + 1) for n in range(COMPUTE)]

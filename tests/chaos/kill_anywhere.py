@@ -199,7 +199,7 @@ def main() -> int:
             known |= {(c.process, c.at) for c in fresh}
             cases += fresh
             arena.draw.shuffle(cases)
-            few = cases[: chosen.sample // 2] if chosen.sample else cases
+            few = cases[: max(1, chosen.sample // 2)] if chosen.sample else cases
             work_off(arena, few, record, others=not chosen.sample)
             cases = []
     if not chosen.sample:

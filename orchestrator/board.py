@@ -38,6 +38,8 @@ class _Live:
     weight: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
+    said: tuple[WorkState, float | None] = ("asked", None)  # how far it is
+    moved: float = 0.0  # since when it has not said anything else
     shown: SiteWork | None = None  # as long as nothing changes
 
     def enter(self, state: WorkState, now: float) -> bool:
@@ -157,6 +159,8 @@ class Board:
             if row is None or row.state in FINAL:
                 return
             row.shown = None
+            if row.said != (state, done):
+                row.said, row.moved = (state, done), now
             new = row.enter(state, now) or waits_until != row.waits_until
             row.waits_until = waits_until
             if state == "training":
@@ -180,6 +184,7 @@ class Board:
         examples: int | None = None,
         loss: float | None = None,
         scores: dict[str, float] | None = None,
+        reason: str | None = None,
     ) -> None:
         """Facts about a site's part in the round; bytes are added (seen from the site)."""
         with self._lock:
@@ -193,7 +198,20 @@ class Board:
             row.weight = weight if weight is not None else row.weight
             row.examples = examples if examples is not None else row.examples
             row.loss = loss if loss is not None else row.loss
+            row.reason = reason if reason is not None else row.reason
             row.scores.update(scores or {})
+
+    def standing(self, site: str) -> str:
+        """How far a site is, and since when nothing more was heard of it, in words."""
+        with self._lock:
+            row = self._rows.get(site)
+            if row is None or row.state in FINAL:
+                return ""
+            done = ""
+            if row.state == "training" and row.planned:
+                done = f", {row.done or 0:.3g} of {row.planned:.3g} {row.unit}"
+            silent = max(0.0, time.time() - (row.moved or row.phases[0].start))
+            return f"{row.state}{done}, no progress for {silent:.0f} s"
 
     def took(self, phase: str, seconds: float) -> None:
         """Add wall seconds of one of the orchestrator's own phases."""

@@ -106,7 +106,7 @@ class Daemon:
         )
         self.sessions = Sessions(config.sites.gone_s, self._attached, self._gone)
         self.exchange.sessions = self.sessions
-        self.viewing = Viewing(self.ledger, self.board, self.sessions)
+        self.viewing = Viewing(self.ledger, self.board, self.sessions, self.exchange.troubles)
         self.engine = Engine(
             home=home,
             config=config,

@@ -18,6 +18,7 @@ from orchestrator.board import Board
 from orchestrator.gathering import Decision, Gathering, Member
 from orchestrator.ledger import Ledger, PlanRow
 from orchestrator.sessions import Session, Sessions
+from orchestrator.troubles import Troubles
 from orchestrator.views import WorkState
 from protos.errors import NotFound
 from protos.faults import reach
@@ -74,6 +75,7 @@ class Exchange:
         self._shown = False  # whether answers change the round's rows: not those of an assessment
         self._interrupt = threading.Event()
         self.sessions: Sessions | None = None
+        self.troubles = Troubles(ledger, note)
         self.left: set[tuple[str, str]] = set()
 
     # -- what sites do; any thread ------------------------------------------------------------
@@ -95,6 +97,7 @@ class Exchange:
 
     def counted(self, site: str, plan_id: str, header_digest: str) -> None:
         """A contribution is durable and counts."""
+        self.troubles.over(site)
         if plan_id == self._plan_id:
             self._show(site, "counted")
             self._inbox.put(_Event("counted", site, plan_id))
@@ -112,6 +115,11 @@ class Exchange:
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         """Payload bytes moved, seen from the site."""
         self._board.note(site, received=received, sent=sent)
+
+    def troubled(self, site: str, text: str) -> None:
+        """A site was turned away, or what it sends can't be taken in just now."""
+        self.troubles.tell(site, text)
+        self._board.note(site, reason=text)
 
     def left_run(self, site: str, run: str) -> None:
         """A site takes no further part in a run, named by id or name."""
@@ -209,6 +217,8 @@ class Exchange:
             decision = machine.decide(now)
             if decision.kind != "wait" or self._interrupt.is_set():
                 interrupted = decision.kind == "wait"
+                machine = self._explained(machine)
+                decision = machine.decide(now)
                 reach("gather.decided")
                 if interrupted:
                     self._interrupt.clear()
@@ -221,6 +231,16 @@ class Exchange:
                 continue
             reach("gather.heard")
             machine = self._apply(machine, event)
+
+    def _explained(self, machine: Gathering) -> Gathering:
+        """The same with what is known of those who have not answered."""
+        for site, member in machine.members.items():
+            here = self.sessions is not None and self.sessions.get(site) is not None
+            why = self.troubles.of(site, here)
+            if not why and member.gone_since is None:
+                why = self._board.standing(site)
+            machine = machine.known(site, why)
+        return machine
 
     def _apply(self, machine: Gathering, event: _Event) -> Gathering:
         if event.plan_id and event.plan_id != self._plan_id:

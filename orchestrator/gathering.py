@@ -23,7 +23,7 @@ class Member:
     Attributes:
         status: open, counted or failed.
         gone_since: When its stream broke; None while it is attached.
-        reason: Why it failed.
+        reason: Why it failed; or, of one that is open, what is known of why it did not answer.
     """
 
     status: Status = "open"
@@ -84,6 +84,12 @@ class Gathering:
         """The site is attached again."""
         return self._with(site, gone_since=None)
 
+    def known(self, site: str, reason: str) -> Gathering:
+        """Something that explains why a site has not answered; it decides nothing."""
+        if not reason or self._member(site).status != "open":
+            return self
+        return self._with(site, reason=reason)
+
     def _member(self, site: str) -> Member:
         return self.members.get(site, Member())
 
@@ -103,12 +109,16 @@ class Gathering:
     @property
     def missing(self) -> dict[str, str]:
         """Sites that are not counted, with the reason as far as it is known."""
+        return self._missing("did not answer in time")
+
+    def _missing(self, open_word: str) -> dict[str, str]:
         out = {}
         for site, member in sorted(self.members.items()):
             if member.status == "failed":
                 out[site] = member.reason
             elif member.status == "open":
-                out[site] = "gone" if member.gone_since is not None else "did not answer in time"
+                how = "gone" if member.gone_since is not None else open_word
+                out[site] = f"{how}: {member.reason}" if member.reason else how
         return out
 
     def decide(self, now: float) -> Decision:
@@ -118,11 +128,13 @@ class Gathering:
         if not still_open and counted >= self.quorum:
             return Decision("close", "every site answered")
         if counted + len(still_open) < self.quorum:
-            return Decision("abandon", self._shortfall(counted, "can't be reached any more"))
+            what, others = "can't be reached any more", "had not answered yet"
+            return Decision("abandon", self._shortfall(counted, what, others))
         if now >= self.deadline:
             if counted >= self.quorum:
                 return Decision("close", "the deadline passed")
-            return Decision("abandon", self._shortfall(counted, "was not there at the deadline"))
+            what, others = "was not there at the deadline", "did not answer in time"
+            return Decision("abandon", self._shortfall(counted, what, others))
         wake = self.deadline
         if counted >= self.quorum and all(m.gone_since is not None for m in still_open):
             ready = max(m.gone_since or 0.0 for m in still_open) + self.grace
@@ -131,6 +143,6 @@ class Gathering:
             wake = min(wake, ready)
         return Decision("wait", "", wake)
 
-    def _shortfall(self, counted: int, what: str) -> str:
-        missing = "; ".join(f"{site}: {reason}" for site, reason in self.missing.items())
+    def _shortfall(self, counted: int, what: str, others: str) -> str:
+        missing = "; ".join(f"{site}: {why}" for site, why in self._missing(others).items())
         return f"the quorum of {self.quorum} {what} ({counted} counted; missing {missing})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +20,9 @@ from protos.errors import (
     InvalidInput,
     ManifestInvalid,
     NotFound,
+    OutOfSpace,
     RoundClosed,
+    Unavailable,
 )
 from protos.faults import reach
 from protos.v1 import common_pb2, site_pb2
@@ -106,10 +109,20 @@ class Reception:
             reach("receive.announced")
             plan_id = announced.header.plan_id
             return received(announced)
+        except ConnectionError:
+            raise  # the way here broke, not the disk
+        except OSError as error:
+            raise self._put_off(site, _of_the_disk(site, error)) from error
         except FarflungError as error:
             if not _final(error):
-                raise
+                raise self._put_off(site, error) from error.__cause__
             return self._refuse(site, plan_id or _plan_of(head.header), error)
+
+    def _put_off(self, site: str, error: FarflungError) -> FarflungError:
+        """What the site is told, and an operator where it is no matter of the bytes' way here."""
+        if not isinstance(error, InvalidInput):
+            self._recorder.troubled(site, f"a contribution can't be taken in: {error.message}")
+        return error
 
     def status(self, caller: Caller, plan_id: str) -> site_pb2.StatusReply:
         """What is missing of the caller's contribution, or its final answer."""
@@ -153,6 +166,13 @@ def _answer(
         plan_id=plan_id,
         contribution=contribution,
     )
+
+
+def _of_the_disk(site: str, error: OSError) -> FarflungError:
+    """What the orchestrator's own disk says of a contribution that arrives."""
+    text = f"site {site}: the orchestrator can't write it down: {error.strerror or error}"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return OutOfSpace(text, site=site) if full else Unavailable(text, site=site)
 
 
 def _final(error: FarflungError) -> bool:

@@ -20,6 +20,9 @@ class Hearing(Protocol):
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         """Payload bytes moved, seen from the site."""
 
+    def troubled(self, site: str, text: str) -> None:
+        """What a site sends can't be taken in just now; it sends it again."""
+
 
 class Recorder(Protocol):
     """Writes down what came of contributions: here (`LedgerRecorder`), or in the daemon."""
@@ -32,6 +35,9 @@ class Recorder(Protocol):
 
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         """Payload bytes moved, seen from the site."""
+
+    def troubled(self, site: str, text: str) -> None:
+        """What a site sends can't be taken in just now; it sends it again."""
 
 
 class LedgerRecorder:
@@ -66,3 +72,7 @@ class LedgerRecorder:
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         """See `Recorder.moved`."""
         self._round.moved(site, received=received, sent=sent)
+
+    def troubled(self, site: str, text: str) -> None:
+        """See `Recorder.troubled`."""
+        self._round.troubled(site, text)

@@ -87,6 +87,7 @@ class Runner:
     # -- the thread -----------------------------------------------------------------------------
 
     def _live(self) -> None:
+        waiting = ""
         while True:
             with self._wake:
                 # Taken before the queue is read: what comes meanwhile is news again.
@@ -94,26 +95,44 @@ class Runner:
                 if self._ending.is_set():
                     return
                 self._news = False
-            row = self._engine.ledger.running() or self._engine.ledger.next_queued()
-            if row is None:
-                continue
-            self.wake()  # there may be another one behind it
-            self.current = row.id
-            reach("run.taken")
             try:
-                self._run(row)
+                self._next()
+                waiting = ""
             except Exception as error:
-                if self._ending.is_set():
-                    # What broke was being taken apart; the next daemon goes on.
-                    log.info("run %s: left as it is (%s)", row.name, error)
-                elif isinstance(error, FarflungError):
-                    self._pause(row, error.message)
-                else:
-                    mark = reference_id()
-                    log.exception("run %s: internal error %s", row.name, mark)
-                    self._pause(row, f"an internal error; the daemon's log has it under {mark}")
-            finally:
-                self.current = None
+                # The ledger is out of reach, or what there was to say could not be written down:
+                # its disk is full, perhaps. The run stays as it is and is taken up again.
+                said = error.message if isinstance(error, FarflungError) else repr(error)
+                if waiting != said and not self._ending.is_set():
+                    log.exception("the queue waits")
+                    self._engine.note("error", "", None, "", f"the queue waits: {said}")
+                waiting = said
+                self._ending.wait(AGAIN_S)
+                self.wake()
+
+    def _next(self) -> None:
+        """The run that is under way, or else the next one of the queue, as far as it goes."""
+        row = self._engine.ledger.running() or self._engine.ledger.next_queued()
+        if row is None:
+            return
+        self.wake()  # there may be another one behind it
+        self.current = row.id
+        reach("run.taken")
+        try:
+            self._run(row)
+        except Exception as error:
+            if self._ending.is_set():
+                # What broke was being taken apart; the next daemon goes on.
+                log.info("run %s: left as it is (%s)", row.name, error)
+            elif isinstance(error, Unavailable):
+                raise
+            elif isinstance(error, FarflungError):
+                self._pause(row, error.message)
+            else:
+                mark = reference_id()
+                log.exception("run %s: internal error %s", row.name, mark)
+                self._pause(row, f"an internal error; the daemon's log has it under {mark}")
+        finally:
+            self.current = None
 
     def _run(self, row: RunRow) -> None:
         ledger = self._engine.ledger

@@ -6,15 +6,20 @@ import logging
 import queue
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from protos.errors import Conflict
 from protos.faults import reach
 from protos.v1 import site_pb2
 
 log = logging.getLogger(__name__)
 
 END = None
+
+REPLACED = 8
+"""So many agents of a site are remembered that another one has taken the place of."""
 
 
 @dataclass
@@ -76,20 +81,43 @@ class Sessions:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self.last_seen: dict[str, float] = {}
+        self._replaced: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=REPLACED))
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._watch_silence, name="sessions", daemon=True)
         self._watch.start()
 
     def attach(self, session: Session) -> None:
-        """A site said hello. An older stream of the same site is ended: the newest is the true one."""
+        """A site said hello. An older stream of the same site is ended: the newest is the true one.
+
+        Raises:
+            Conflict: It is the stream of an agent whose place another one has taken, which is here:
+                two agents run with the same keys.
+        """
         with self._lock:
             old = self._sessions.get(session.site)
+            self._tell_apart(session, old)
             self._sessions[session.site] = session
             reach("session.attached")
         if old is not None:
             log.warning("site %s attached again; its older stream is ended", session.site)
             old.end()
         self._on_attached(session.site)
+
+    def _tell_apart(self, session: Session, old: Session | None) -> None:
+        """An agent that was started anew takes the place of its predecessor, which is seen no more."""
+        mine = session.hello.instance[:64]
+        other = old.hello.instance[:64] if old is not None else ""
+        if not mine or not other or mine == other or old is None:
+            return
+        if mine in self._replaced[session.site]:
+            since = time.strftime("%H:%M:%S", time.localtime(old.since))
+            raise Conflict(
+                f"site {session.site}: two agents use its certificate; the one that came later is "
+                f"attached since {since}, this one is turned away. Stop one of them; if its folder "
+                "was copied, have the copy join with a token and a name of its own",
+                site=session.site,
+            )
+        self._replaced[session.site].append(other)
 
     def detach(self, session: Session) -> None:
         """A stream ended."""

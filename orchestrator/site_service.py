@@ -27,7 +27,14 @@ from orchestrator.store import Store
 from orchestrator.views import WorkState
 from protos.bulk import Chunk, Incoming
 from protos.digest import digest
-from protos.errors import FarflungError, InvalidInput, NotEnrolled, TokenUsed, reference_id
+from protos.errors import (
+    Conflict,
+    FarflungError,
+    InvalidInput,
+    NotEnrolled,
+    TokenUsed,
+    reference_id,
+)
 from protos.faults import reach
 from protos.identity import (
     SITE_LIFE,
@@ -63,6 +70,9 @@ class Listener(Hearing, Protocol):
 
     def left_run(self, site: str, run: str) -> None:
         """A site takes no further part in a run."""
+
+    def troubled(self, site: str, text: str) -> None:
+        """A site is turned away."""
 
 
 class ControlService(site_pb2_grpc.ControlServicer):
@@ -145,7 +155,32 @@ class ControlService(site_pb2_grpc.ControlServicer):
         self, request_iterator: Iterator[site_pb2.FromSite], context: grpc.ServicerContext
     ) -> Iterator[site_pb2.ToSite]:
         """One site's stream: what it says is read in a thread of its own, what it is told is yielded."""
-        caller = self._doorkeeper.site(context)
+        caller = self._doorkeeper.caller(context)
+        try:
+            session = self._welcomed(caller, request_iterator)
+        except (NotEnrolled, InvalidInput, Conflict) as error:
+            if caller.identity.role == "site":
+                self._listener.troubled(caller.identity.name, error.message)
+            raise
+        reader = threading.Thread(
+            target=self._read,
+            args=(session, caller, request_iterator),
+            name=f"site-{session.site}",
+        )
+        reader.daemon = True
+        reader.start()
+        for row in self._ledger.open_plans(session.site):
+            session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan)))
+        reach("attach.offered")
+        context.add_callback(session.end)
+        try:
+            yield from session.outgoing()
+        finally:
+            self._sessions.detach(session)
+
+    def _welcomed(self, caller: Caller, request_iterator: Iterator[site_pb2.FromSite]) -> Session:
+        """The session of a site that is let in."""
+        self._doorkeeper.admit(caller)
         first = next(request_iterator, None)
         if first is None or first.WhichOneof("kind") != "hello":
             raise InvalidInput("stream: the first message must be hello")
@@ -173,21 +208,7 @@ class ControlService(site_pb2_grpc.ControlServicer):
         )
         reach("attach.welcomed")
         self._sessions.attach(session)
-        reader = threading.Thread(
-            target=self._read,
-            args=(session, caller, request_iterator),
-            name=f"site-{session.site}",
-        )
-        reader.daemon = True
-        reader.start()
-        for row in self._ledger.open_plans(session.site):
-            session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan)))
-        reach("attach.offered")
-        context.add_callback(session.end)
-        try:
-            yield from session.outgoing()
-        finally:
-            self._sessions.detach(session)
+        return session
 
     def _read(self, session: Session, caller: Caller, said: Iterator[site_pb2.FromSite]) -> None:
         try:

@@ -11,6 +11,7 @@ from orchestrator.board import Board
 from orchestrator.ledger import Ledger, RoundRow, RunRow, SiteRow
 from orchestrator.run_config import RunConfig
 from orchestrator.sessions import Session, Sessions
+from orchestrator.troubles import Troubles
 from orchestrator.views import Plugin, Reliability, Round, Run, Site, SiteWork
 
 ACCURACY = ("test.accuracy", "val.accuracy")
@@ -23,10 +24,14 @@ class Viewing:
         ledger: What happened.
         board: What is happening.
         sessions: Who is here.
+        troubles: Why somebody is not.
     """
 
-    def __init__(self, ledger: Ledger, board: Board, sessions: Sessions) -> None:
-        self._ledger, self._board, self._sessions = ledger, board, sessions
+    def __init__(
+        self, ledger: Ledger, board: Board, sessions: Sessions, troubles: Troubles
+    ) -> None:
+        self._ledger, self._board = ledger, board
+        self._sessions, self._troubles = sessions, troubles
         self._reading = threading.Lock()
         self._past: dict[str, list[RoundRow]] = {}
 
@@ -53,6 +58,7 @@ class Viewing:
             tasks={t.name: t.digest for t in hello.tasks} if hello else {},
             packages=dict(hello.packages) if hello else {},
             invited=row.state == "invited",
+            trouble=self._troubles.of(row.name, attached=session is not None),
         )
 
     def _site_state(self, row: SiteRow, session: Session | None) -> str:

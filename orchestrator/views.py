@@ -52,7 +52,11 @@ class Daemon(View):
 
 
 class Site(View):
-    """One site."""
+    """One site.
+
+    Attributes:
+        trouble: What keeps it from taking part, in words; empty if nothing is known to.
+    """
 
     name: str
     state: SiteState
@@ -63,6 +67,7 @@ class Site(View):
     tasks: dict[str, str] = {}
     packages: dict[str, str] = {}
     invited: bool = False
+    trouble: str = ""
 
 
 class SitePhase(View):

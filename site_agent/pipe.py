@@ -152,7 +152,10 @@ class Failed(Line):
         where: "file.py:line", without folders.
         message: What it says; leaves the site only if the policy allows it, or if ``ours``.
         ours: The text was written by Farflung about tensors, keys and versions: no data in it.
+        system: What the operating system said (the file's name is not in it).
         out_of_memory: Memory of the host or the device was not enough.
+        shared_memory: /dev/shm was not enough for what the loaders hand over.
+        device_lost: The device failed, and with it whatever this process would still do on it.
     """
 
     event: Literal["failed"] = "failed"
@@ -162,7 +165,10 @@ class Failed(Line):
     where: str = ""
     message: str = ""
     ours: bool = False
+    system: str = ""
     out_of_memory: bool = False
+    shared_memory: bool = False
+    device_lost: bool = False
 
 
 Order = Annotated[Prepare | Perform | CancelJob | Quit, Field(discriminator="op")]

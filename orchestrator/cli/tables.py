@@ -98,6 +98,7 @@ def site_table(sites: Sequence[views.Site]) -> Table:
     table = _table()
     for name in ("site", "state", "since", "certificate until", "device", "version", "tasks"):
         table.add_column(name)
+    table.add_column("says", overflow="fold")
     for site in sites:
         table.add_row(
             site.name,
@@ -107,6 +108,7 @@ def site_table(sites: Sequence[views.Site]) -> Table:
             site.device or NOTHING,
             site.version or NOTHING,
             " ".join(f"{task}@{digest[:8]}" for task, digest in site.tasks.items()) or NOTHING,
+            site.trouble,
         )
     return table
 

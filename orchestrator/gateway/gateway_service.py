@@ -80,6 +80,13 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         self._recorder.refuse(request.plan_id, request.site, request.error, request.message)
         return gateway_pb2.GatewayDone()
 
+    def Trouble(
+        self, request: gateway_pb2.TroubleRequest, context: grpc.ServicerContext
+    ) -> gateway_pb2.GatewayDone:
+        """What a site sends can't be taken in just now."""
+        self._recorder.troubled(request.site, request.message)
+        return gateway_pb2.GatewayDone()
+
     def Check(
         self, request: gateway_pb2.CheckRequest, context: grpc.ServicerContext
     ) -> gateway_pb2.CheckReply:

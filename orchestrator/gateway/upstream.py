@@ -78,6 +78,13 @@ class Upstream:
         )
         _asked(self._stub.Refuse, request)
 
+    def troubled(self, site: str, text: str) -> None:
+        """See `Recorder.troubled`."""
+        try:
+            _asked(self._stub.Trouble, gateway_pb2.TroubleRequest(site=site, message=text))
+        except FarflungError as error:
+            log.warning("site %s: %s, and the daemon can't be told: %s", site, text, error.message)
+
     def check_blocks(
         self, row: PlanRow, header: Header, header_file: Path, payload: Path
     ) -> tuple[float | None, str]:

@@ -9,6 +9,7 @@ from orchestrator.exchange import Gathered
 from orchestrator.ledger import ContributionRow, PlanRow
 from orchestrator.rounds.engine import Engine, Planned
 from orchestrator.small import small_model
+from protos.contribution import Header
 from protos.faults import reach
 
 
@@ -62,6 +63,8 @@ def closed_set(
     for contribution in counted:
         engine.board.set_state(contribution.site, "counted")
         engine.board.note(contribution.site, norm=contribution.norm)
+        for text in odd(contribution):
+            engine.note("warning", row.run, row.round, contribution.site, text)
     known = missing or {}
     left_out = {
         p.site: known.get(p.site) or p.message or "did not answer in time"
@@ -72,3 +75,19 @@ def closed_set(
         text = f"site {site} is not in round {row.round}: {why}"
         engine.note("warning", row.run, row.round, site, text)
     return Closed(tuple(counted), left_out, reason)
+
+
+def odd(row: ContributionRow) -> list[str]:
+    """What an operator should know of a contribution that counts all the same."""
+    found = []
+    if row.norm == 0:
+        found.append(
+            f"site {row.site}: its update in round {row.round} is zero: it trained and changed "
+            "nothing; look at its data and at the learning rate"
+        )
+    if Header.decode(row.header).metrics.get("train_state_missing"):
+        found.append(
+            f"site {row.site}: its state from before round {row.round} is not there any more "
+            "(contributions/ of its folder); it began afresh"
+        )
+    return found

@@ -190,6 +190,26 @@ class RefuseRequest(google.protobuf.message.Message):
 Global___RefuseRequest: typing_extensions.TypeAlias = RefuseRequest
 
 @typing.final
+class TroubleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    site: builtins.str
+    message: builtins.str
+    """why, in words"""
+    def __init__(
+        self,
+        *,
+        site: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["message", b"message", "site", b"site"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TroubleRequest: typing_extensions.TypeAlias = TroubleRequest
+
+@typing.final
 class CheckRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

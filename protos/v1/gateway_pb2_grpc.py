@@ -59,6 +59,11 @@ class GatewayStub(object):
                 request_serializer=protos_dot_v1_dot_gateway__pb2.MovedRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_gateway__pb2.GatewayDone.FromString,
                 _registered_method=True)
+        self.Trouble = channel.unary_unary(
+                '/farflung.v1.Gateway/Trouble',
+                request_serializer=protos_dot_v1_dot_gateway__pb2.TroubleRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_gateway__pb2.GatewayDone.FromString,
+                _registered_method=True)
 
 
 class GatewayServicer(object):
@@ -97,6 +102,13 @@ class GatewayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trouble(self, request, context):
+        """a contribution can't be taken in just now
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -123,6 +135,11 @@ def add_GatewayServicer_to_server(servicer, server):
             'Moved': grpc.unary_unary_rpc_method_handler(
                     servicer.Moved,
                     request_deserializer=protos_dot_v1_dot_gateway__pb2.MovedRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_gateway__pb2.GatewayDone.SerializeToString,
+            ),
+            'Trouble': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trouble,
+                    request_deserializer=protos_dot_v1_dot_gateway__pb2.TroubleRequest.FromString,
                     response_serializer=protos_dot_v1_dot_gateway__pb2.GatewayDone.SerializeToString,
             ),
     }
@@ -260,6 +277,33 @@ class Gateway(object):
             target,
             '/farflung.v1.Gateway/Moved',
             protos_dot_v1_dot_gateway__pb2.MovedRequest.SerializeToString,
+            protos_dot_v1_dot_gateway__pb2.GatewayDone.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trouble(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farflung.v1.Gateway/Trouble',
+            protos_dot_v1_dot_gateway__pb2.TroubleRequest.SerializeToString,
             protos_dot_v1_dot_gateway__pb2.GatewayDone.FromString,
             options,
             channel_credentials,

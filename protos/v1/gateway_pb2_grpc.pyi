@@ -35,6 +35,8 @@ class GatewayStub:
     Check: grpc.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.CheckRequest, protos.v1.gateway_pb2.CheckReply]
     """decode the blocks of a wire codec"""
     Moved: grpc.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.MovedRequest, protos.v1.gateway_pb2.GatewayDone]
+    Trouble: grpc.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.TroubleRequest, protos.v1.gateway_pb2.GatewayDone]
+    """a contribution can't be taken in just now"""
 
 @typing.type_check_only
 class GatewayAsyncStub(GatewayStub):
@@ -47,6 +49,8 @@ class GatewayAsyncStub(GatewayStub):
     Check: grpc.aio.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.CheckRequest, protos.v1.gateway_pb2.CheckReply]  # type: ignore[assignment]
     """decode the blocks of a wire codec"""
     Moved: grpc.aio.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.MovedRequest, protos.v1.gateway_pb2.GatewayDone]  # type: ignore[assignment]
+    Trouble: grpc.aio.UnaryUnaryMultiCallable[protos.v1.gateway_pb2.TroubleRequest, protos.v1.gateway_pb2.GatewayDone]  # type: ignore[assignment]
+    """a contribution can't be taken in just now"""
 
 class GatewayServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -86,5 +90,13 @@ class GatewayServicer(metaclass=abc.ABCMeta):
         request: protos.v1.gateway_pb2.MovedRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.v1.gateway_pb2.GatewayDone, collections.abc.Awaitable[protos.v1.gateway_pb2.GatewayDone]]: ...
+
+    @abc.abstractmethod
+    def Trouble(
+        self,
+        request: protos.v1.gateway_pb2.TroubleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.v1.gateway_pb2.GatewayDone, collections.abc.Awaitable[protos.v1.gateway_pb2.GatewayDone]]:
+        """a contribution can't be taken in just now"""
 
 def add_GatewayServicer_to_server(servicer: GatewayServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -191,6 +191,7 @@ class Hello(google.protobuf.message.Message):
     PLANS_FIELD_NUMBER: builtins.int
     PAUSED_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    INSTANCE_FIELD_NUMBER: builtins.int
     version: builtins.str
     """of the agent"""
     protocol: builtins.int
@@ -198,6 +199,8 @@ class Hello(google.protobuf.message.Message):
     paused: builtins.bool
     device: builtins.str
     """"cpu", "cuda" """
+    instance: builtins.str
+    """drawn when the agent starts: two agents with the same keys differ in it"""
     @property
     def packages(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """torch, numerics: name to version"""
@@ -218,8 +221,9 @@ class Hello(google.protobuf.message.Message):
         plans: collections.abc.Iterable[builtins.str] | None = ...,
         paused: builtins.bool = ...,
         device: builtins.str = ...,
+        instance: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "packages", b"packages", "paused", b"paused", "plans", b"plans", "protocol", b"protocol", "tasks", b"tasks", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "instance", b"instance", "packages", b"packages", "paused", b"paused", "plans", b"plans", "protocol", b"protocol", "tasks", b"tasks", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello

@@ -183,6 +183,7 @@ class Agent:
             tasks={task.name: task.digest for task in hello.tasks},
             plans=plans,
             device=hello.device,
+            instance=hello.instance,
         )
         return hello
 

@@ -43,9 +43,17 @@ class Disclosure:
         """What is said of an exception in the trainer."""
         if failed.ours:
             return self._cut(self._named(failed.message))
-        what = f"{failed.cause} at {failed.where}" if failed.where else failed.cause
-        if failed.out_of_memory:
+        what = f"{failed.cause}: {failed.system}" if failed.system else failed.cause
+        what = f"{what} at {failed.where}" if failed.where else what
+        if failed.shared_memory:
+            text = (
+                f"the task ran out of shared memory ({what}): /dev/shm is too small for "
+                "trainer.loader_workers; make it larger (containers: --shm-size) or have fewer"
+            )
+        elif failed.out_of_memory:
             text = f"the task ran out of memory ({what})"
+        elif failed.device_lost:
+            text = f"the device failed ({what}); the next plan gets a new trainer"
         else:
             text = f"the task failed: {what}"
         if self._policy.error_text == "full" and failed.message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from protos.v1 import site_pb2
 from site_agent.link.stream import PROTOCOL
 from site_agent.task_source import TaskSource
+
+INSTANCE = secrets.token_hex(8)
+"""Of this process: by it the orchestrator tells two agents with the same keys apart."""
 
 
 def package_versions() -> dict[str, str]:
@@ -53,4 +57,5 @@ def hello_of(
         plans=plans,
         paused=paused,
         device=device,
+        instance=INSTANCE,
     )

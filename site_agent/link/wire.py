@@ -167,7 +167,8 @@ class Wire:
         keys = self._keys()
         if keys.expires < datetime.now(UTC):
             return NotEnrolled(
-                f"site {keys.site}: its certificate expired at {keys.expires:%Y-%m-%d %H:%M} UTC; "
+                f"site {keys.site}: its certificate expired at {keys.expires:%Y-%m-%d %H:%M} UTC, by "
+                f"this machine's clock ({datetime.now(UTC):%Y-%m-%d %H:%M} UTC); where that is right, "
                 "ask the operator for a new join token",
                 site=keys.site,
             )
@@ -222,6 +223,14 @@ def probe(address: str, folder: Path, site: str, server_name: str = "") -> Farfl
         )
     except TimeoutError:
         return Unavailable(f"orchestrator {address}: it does not answer", address=address)
+    except (ssl.SSLEOFError, ConnectionError) as error:
+        # No alert: whoever closed the connection did not speak TLS, so it is not about certificates.
+        return Unavailable(
+            f"orchestrator {address}: the connection is closed before it says anything "
+            f"({error.strerror or type(error).__name__}); is it running behind whatever forwards "
+            "that port?",
+            address=address,
+        )
     except (ssl.SSLError, OSError) as error:
         refusal = getattr(error, "reason", None) or error.strerror or type(error).__name__
     return NotEnrolled(

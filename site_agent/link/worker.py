@@ -290,6 +290,9 @@ class Worker:
                     where=line.where,
                     message=line.message,
                 )
+                if line.device_lost:
+                    trainer.kill()
+                    self._trainer = None
                 self._fail_with(job, line.error, self._disclosure.failure(line))
 
     def _progress(self, job: Job, line: pipe.Progress) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import traceback
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from site_agent.pipe import Failed
 OURS = {Path(__file__).parents[2] / name for name in ("site_agent", "strategies", "protos")}
 """Folders whose code writes messages of tensors, keys and versions only."""
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _TOO_BIG = ("can't allocate memory", "out of memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -28,7 +31,10 @@ def describe(job: int, error: BaseException) -> Failed:
         where=_place(frames),
         message=str(error)[:4000],
         ours=ours,
+        system=what_the_system_said(error),
         out_of_memory=is_out_of_memory(error),
+        shared_memory=is_out_of_shared_memory(error),
+        device_lost=is_device_lost(error),
     )
 
 
@@ -38,6 +44,32 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError | OSError) and any(t in text for t in _TOO_BIG)
+
+
+def what_the_system_said(error: BaseException) -> str:
+    """Of an error of the operating system its text without names; libraries hide that of a disk."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    said = str(error)
+    return next((text for text in map(os.strerror, _OF_DISKS) if text in said), "")
+
+
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Whether a loader's process could not hand a batch on: torch and the kernel say it in these ways."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and (
+        "shared memory" in text
+        or ("torch_" in text and "no space left" in text)
+        or ("dataloader worker" in text and "bus error" in text)
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the device failed: after that nothing on it works any more in this process."""
+    kind = getattr(torch, "AcceleratorError", None)  # since 2.8; before it, a RuntimeError like any
+    if kind is not None and isinstance(error, kind):
+        return not is_out_of_memory(error)
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
 def _place(frames: traceback.StackSummary) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from farflung import Options, Task
 
@@ -44,12 +44,26 @@ class Net(nn.Module):
         return self.second(torch.relu(self.first(x + self.frozen(x)))) * self.scale
 
 
+class OneByOne(Dataset[Any]):
+    """The same samples, as if each were a file."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
 class Blobs(Task):
     """See the module."""
 
     class Params(Options):
         hidden: int = 12
         samples: int = 120
+        one_by_one: bool = False
 
     class Settings(Options):
         part: int = 0
@@ -79,8 +93,9 @@ class Blobs(Task):
         inputs = centres[targets] + torch.randn(count, FEATURES, generator=draw)
         return TensorDataset(inputs, targets)
 
-    def train_data(self) -> TensorDataset:
-        return self._data(10 + self.settings.part, self.params.samples)
+    def train_data(self) -> Dataset[Any]:
+        data = self._data(10 + self.settings.part, self.params.samples)
+        return OneByOne(data) if self.params.one_by_one else data
 
     def val_data(self) -> TensorDataset:
         if self._fault() == "holdout":
@@ -101,8 +116,17 @@ class Blobs(Task):
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         if torch.is_grad_enabled() and self.settings.switches:
-            _obey(Path(self.settings.switches), model)
+            switches = Path(self.settings.switches)
+            _obey(switches, model)
+            if fault_of(switches) == "zero":
+                return model(inputs).detach() + 0 * model.second.weight.sum()  # type: ignore[operator, union-attr]
         return model(inputs)
+
+
+def fault_of(switches: Path) -> str:
+    """What is switched on."""
+    fault = switches / "fault"
+    return fault.read_text() if fault.exists() else ""
 
 
 def _obey(switches: Path, model: nn.Module) -> None:
@@ -112,8 +136,7 @@ def _obey(switches: Path, model: nn.Module) -> None:
         (switches / "reached").touch()
         while (switches / "gate").exists():
             time.sleep(0.02)  # what a slow site does; the test waits for `reached`
-    fault = switches / "fault"
-    what = fault.read_text() if fault.exists() else ""
+    what = fault_of(switches)
     if what == "segfault":
         ctypes.string_at(0)
     elif what == "kill":
@@ -134,6 +157,14 @@ def _obey(switches: Path, model: nn.Module) -> None:
             model.second.weight.zero_()  # type: ignore[operator, union-attr]
     elif what == "raise":
         raise ValueError("a sample of patient 4711 is broken")
-    elif what == "nan":
+    elif what in ("nan", "inf"):
         with torch.no_grad():
-            model.unseen[1] = float("nan")  # type: ignore[operator]
+            model.unseen[1] = float(what)  # type: ignore[operator]
+    elif what == "explode":
+        with torch.no_grad():
+            model.first.weight.mul_(1.5)  # type: ignore[operator, union-attr]
+    elif what == "device":
+        # What torch raises once a device has failed.
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+    elif what == "no data":
+        Path("/data/of/patient-4711").read_bytes()

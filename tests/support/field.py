@@ -23,6 +23,7 @@ class Field:
         trainer: Further keys of ``[trainer]`` of every site.
         kind: Of federation.
         faults: What `FaultyFederation` takes beside.
+        kind: Class of its federation.
     """
 
     def __init__(

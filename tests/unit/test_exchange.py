@@ -209,6 +209,21 @@ def test_the_deadline_ends_it(table: Table) -> None:
     assert found.counted == ("north", "south")
 
 
+def test_who_did_not_answer_is_explained(table: Table) -> None:
+    table.count("north")
+    table.bench.board.progress("south", "training", 3.0, 9.0, "steps", None, None, None)
+    table.exchange.troubled("east", "site east: two agents use its certificate")
+    found = table.result(table.gather(seconds=0.0))
+    why = "site east: two agents use its certificate"
+    assert found.missing["east"] == f"gone: {why}"
+    start = "did not answer in time: training, 3 of 9 steps, no progress for "
+    assert found.missing["south"].startswith(start)
+    assert why in found.decision.reason
+    assert start in found.decision.reason
+    table.exchange.counted("east", table.plan_id, "digest")
+    assert table.exchange.troubles.of("east", attached=True) == ""
+
+
 def test_what_was_answered_before_it_began_is_in_the_ledger(table: Table) -> None:
     """After a restart, and for work that an earlier attempt had finished."""
     table.count("north")
@@ -243,7 +258,7 @@ def test_news_that_the_exchange_before_did_not_wait_for_change_nothing(table: Ta
     table.exchange.interrupt()
     found = table.result(thread)
     assert found.counted == ()
-    assert found.missing["north"] == "did not answer in time"
+    assert found.missing["north"].startswith("did not answer in time")
 
 
 def test_who_asks_to_end_is_heard_even_before_it_begins(table: Table) -> None:

@@ -112,6 +112,7 @@ class Desk:
         self.rows: list[ContributionRow] = []
         self.refused: list[tuple[str, ...]] = []
         self.bytes: list[tuple[str, int, int]] = []
+        self.troubles: list[tuple[str, str]] = []
         self.begun, self.may_go_on, self.done = (threading.Event() for _ in range(3))
         self.may_go_on.set()
 
@@ -127,6 +128,9 @@ class Desk:
 
     def moved(self, site: str, received: int = 0, sent: int = 0) -> None:
         self.bytes.append((site, received, sent))
+
+    def troubled(self, site: str, text: str) -> None:
+        self.troubles.append((site, text))
 
     def plan(self, plan_id: str, site: str) -> PlanRow | None:
         if site != "north":
@@ -231,6 +235,8 @@ def test_errors_come_as_they_are(desk: Desk, upstream: Upstream, tmp_path: Path)
         upstream.check_blocks(stranger, None, header, tmp_path / "good")  # type: ignore[arg-type]
     upstream.refuse("r/1/1/train", "north", "ContributionRefused", "why")
     assert desk.refused == [("r/1/1/train", "north", "ContributionRefused", "why")]
+    upstream.troubled("north", "the disk is full")
+    assert desk.troubles == [("north", "the disk is full")]
 
 
 def test_a_daemon_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Heard:
     def __init__(self) -> None:
         self.counts: list[tuple[str, str]] = []
         self.failures: list[tuple[str, str, str, str]] = []
+        self.troubles: list[tuple[str, str]] = []
         self.sent = self.received = 0
 
     def progress(self, site: str, plan_id: str, state: WorkState, said: Any) -> None:
@@ -80,6 +81,9 @@ class Heard:
 
     def left_run(self, site: str, run: str) -> None:
         """Nothing."""
+
+    def troubled(self, site: str, text: str) -> None:
+        self.troubles.append((site, text))
 
 
 class Hall:

@@ -13,6 +13,7 @@ from orchestrator.ledger import RunRow
 from orchestrator.retention import needed
 from orchestrator.rollback import roll_back
 from orchestrator.sessions import Sessions
+from orchestrator.troubles import Troubles
 from orchestrator.verifying import verify_run
 from orchestrator.viewing import Viewing
 from protos.errors import Conflict, NotFound
@@ -105,7 +106,9 @@ def test_numbers_of_rejected_rounds_are_free_again(run: SignedRun) -> None:
 
 
 def test_views_forget_what_was_taken_back(run: SignedRun) -> None:
-    viewing = Viewing(run.ledger, run.bench.board, Sessions(1.0, lambda _: None, lambda _: None))
+    sessions = Sessions(1.0, lambda _: None, lambda _: None)
+    troubles = Troubles(run.ledger, lambda *_: None)
+    viewing = Viewing(run.ledger, run.bench.board, sessions, troubles)
     assert viewing.run(RUN).committed == 3
     back(run, 1)
     viewing.forget(RUN)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from orchestrator.ledger import Ledger, PlanRow, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.page import Outcome
 from orchestrator.runs import Runner
-from protos.errors import ComputeFailed, Conflict, Unavailable
+from protos.errors import ComputeFailed, Conflict, FarflungError, OutOfSpace, Unavailable
 from tests.support.disk import flip
 from tests.support.workbench import Workbench
 
@@ -130,6 +131,27 @@ def test_what_is_out_of_reach_for_a_while_does_not_pause_a_run(
     assert bench.asked == [("r", 0, ""), *([("r", 1, "")] * 4)]
     waits = [text for text in bench.bench.notes if "waits" in text]
     assert waits == ["round 1 waits: the object store is away"], "said once, not at every attempt"
+
+
+@pytest.mark.parametrize("error", [Unavailable, OutOfSpace])
+def test_a_ledger_that_can_not_be_written_for_a_while_does_not_end_the_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[FarflungError]
+) -> None:
+    """Not even where the failure itself can't be written down."""
+    monkeypatch.setattr(runs_module, "AGAIN_S", 0.01)
+    ledger, refused = bench.bench.ledger, [error("ledger: no")] * 4
+    written = ledger.set_run
+
+    def set_run(*args: Any, **changes: Any) -> RunRow:
+        if refused:
+            raise refused.pop()
+        return written(*args, **changes)
+
+    monkeypatch.setattr(ledger, "set_run", set_run)
+    bench.bench.run("r", rounds=1)
+    bench.runner.start()
+    bench.until("r", "finished")
+    assert bench.bench.notes.count("the queue waits: ledger: no") == 1
 
 
 def test_a_run_that_waits_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.ledger import RoundRow
 from orchestrator.sessions import Session, Sessions
+from orchestrator.troubles import Troubles
 from orchestrator.viewing import Viewing, best_round
 from protos.errors import NotFound
 from protos.v1 import site_pb2
@@ -49,7 +50,8 @@ def sessions() -> Iterator[Sessions]:
 
 @pytest.fixture
 def viewing(bench: Workbench, sessions: Sessions) -> Viewing:
-    return Viewing(bench.ledger, bench.board, sessions)
+    troubles = Troubles(bench.ledger, lambda level, site, text: None)
+    return Viewing(bench.ledger, bench.board, sessions, troubles)
 
 
 def summary(**changes: Any) -> dict[str, Any]:

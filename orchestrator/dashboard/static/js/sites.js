@@ -125,6 +125,7 @@ export class Sites {
           { class: "words" },
           h("span", { class: needed ? "act" : "" }, site.state),
           h("span", { class: "soft" }, ` ${ago(site.since)}`),
+          site.trouble ? h("div", { class: "act" }, site.trouble) : null,
         ),
         h("td", {}, sum.asked ? `${sum.counted} of ${sum.asked}` : "–"),
         h("td", {}, bytes(sum.received)),

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from protos.errors import ComputeFailed
 from protos.faults import Fault
-from tests.chaos.cases import MOMENT, Case, Shape
+from tests.chaos.cases import MOMENT, Case, Disturbed, Shape
 from tests.support.faulty import ORCHESTRATOR
 from tests.support.field import SITES, Field
 
@@ -86,29 +87,6 @@ class End:
     roused: int = 0
     spared: int = -1
     read: int = 0
-
-
-@dataclass
-class Disturbed:
-    """A run in which processes were killed.
-
-    Attributes:
-        shape: Of the run.
-        run: Its id.
-        struck: The cases.
-        missed: Those whose point was not reached.
-        kills: Processes killed, also those that only roused.
-        again: Steps that were trained more than once.
-        problem: What is wrong with the run; empty for nothing.
-    """
-
-    shape: str
-    run: str = ""
-    struck: list[Case] = field(default_factory=list)
-    missed: list[Case] = field(default_factory=list)
-    kills: int = 0
-    again: int = 0
-    problem: str = ""
 
 
 @dataclass
@@ -376,10 +354,16 @@ class Arena:
         federation = self.ground.federation
         for end in ends:
             federation.forgive(end.name)
-        federation.revive()
+        federation.await_that(self._serves, "a daemon", STANDSTILL_S, revive=True)
         federation.await_sites(SITES)
         if self.told(out.run)[0] in ("running", "queued"):
             federation.client.stop(out.run, True)
+
+    def _serves(self) -> bool:
+        try:
+            return bool(self.ground.federation.daemon.first_line(STANDSTILL_S))
+        except ComputeFailed:  # it was to be killed in its start
+            return False
 
     def _difference(self, out: Disturbed, shape: str, seed: int) -> str:
         """What is wrong with a run that has ended; empty for nothing."""

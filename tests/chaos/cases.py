@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from protos.faults import POINTS
@@ -77,6 +77,29 @@ class Result(NamedTuple):
     struck: bool
     identical: bool
     why: str = ""
+
+
+@dataclass
+class Disturbed:
+    """A run in which processes were killed.
+
+    Attributes:
+        shape: Of the run.
+        run: Its id.
+        struck: The cases.
+        missed: Those whose point was not reached.
+        kills: Processes killed, also those that only roused.
+        again: Steps that were trained more than once.
+        problem: What is wrong with the run; empty for nothing.
+    """
+
+    shape: str
+    run: str = ""
+    struck: list[Case] = field(default_factory=list)
+    missed: list[Case] = field(default_factory=list)
+    kills: int = 0
+    again: int = 0
+    problem: str = ""
 
 
 def points(names: Iterable[str]) -> set[str]:

@@ -32,8 +32,8 @@ from typing import Any
 
 from orchestrator.bench.nursery import Nursery
 from protos.faults import POINTS
-from tests.chaos.arena import EPOCHS, PER_STEP_S, STEPS, Arena, Disturbed, Seen
-from tests.chaos.cases import MOMENT, Case, Result, Shape, points
+from tests.chaos.arena import EPOCHS, PER_STEP_S, STEPS, Arena, Seen
+from tests.chaos.cases import MOMENT, Case, Disturbed, Result, Shape, points
 from tests.chaos.recovery import Recoveries, recoveries
 from tests.support.field import SITES, Field
 from tests.support.warm import WarmFederation

@@ -86,6 +86,7 @@ def _of_grpc(code: grpc.StatusCode, message: str) -> FarflungError:
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,  # "Stream removed": TLS found the bytes damaged; ours have a name
     ):
         return Unavailable(f"the other end can't be reached: {message or code.name}")
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from protos.v1 import site_pb2
 from site_agent.config import SiteConfig
 from site_agent.home import Home
 from site_agent.link import enrolment
+from site_agent.link.crew import Crew
 from site_agent.link.disclosure import Disclosure
 from site_agent.link.doorbell import Doorbell
 from site_agent.link.fetcher import Fetcher
@@ -57,7 +57,6 @@ class Agent:
         self._journal = Journal(home.agent_log, self.site, echo)
         self._paused = (home.root / "paused").exists()
         self._stop = threading.Event()
-        self._crash = ""
         self._sources = config.sources(home.root)
         self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
         self._policy = Policy(self.site, config.policy, self._sources)
@@ -107,17 +106,7 @@ class Agent:
     def run(self) -> None:
         """Work until `stop`."""
         doorbell = Doorbell(self._home.socket, self._answer, self._journal)
-        threads = [
-            threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
-            for name, target in (
-                ("worker", self._worker.run),
-                ("fetcher", self._fetcher.run),
-                ("sender", self._sender.run),
-                ("stream", self._stream.run),
-                ("doorbell", doorbell.run),
-                ("line", self._watch_line),
-            )
-        ]
+        crew = Crew(self._journal, self.stop)
         self._journal.info(
             "agent begins",
             orchestrator=self._wire.address,
@@ -125,8 +114,15 @@ class Agent:
             waiting=len(self._outbox.waiting()),
             **self._line.network.facts(),
         )
-        for thread in threads:
-            thread.start()
+        for name, target in (
+            ("worker", self._worker.run),
+            ("fetcher", self._fetcher.run),
+            ("sender", self._sender.run),
+            ("stream", self._stream.run),
+            ("doorbell", doorbell.run),
+            ("line", self._watch_line),
+        ):
+            crew.start(name, target)
         try:
             while not self._stop.wait(CERTIFICATE_CHECK_S):
                 if self._keys.renewal_due():
@@ -135,20 +131,10 @@ class Agent:
             doorbell.close()
             for part in (self._stream, self._worker, self._line, self._fetcher, self._sender):
                 part.stop()
-            for thread in threads:
-                thread.join(SHUTDOWN_S)
+            crew.join(SHUTDOWN_S)
             self._journal.info("agent ends")
-        if self._crash:
-            raise FarflungError(f"the agent's {self._crash} failed; log/agent.log has the cause")
-
-    def _guarded(self, name: str, target: Callable[[], None]) -> None:
-        """Run a part; an agent that lost one ends, loudly, so that it is started again."""
-        try:
-            target()
-        except Exception:  # noqa: BLE001  # whatever it is, nobody else would see it
-            self._journal.error(f"{name} failed", traceback=traceback.format_exc())
-            self._crash = name
-            self._stop.set()
+        if crew.failed:
+            raise FarflungError(f"the agent's {crew.failed} failed; log/agent.log has the cause")
 
     def stop(self) -> None:
         """End; may be called from a signal handler."""
@@ -248,7 +234,10 @@ class Agent:
             self._fetcher.came(plan.base, base)
             reach("plan.based")
         reach("plan.accepted")
-        self._worker.submit(assignment)
+        if assignment.leader is None:
+            self._worker.submit(assignment)
+        else:
+            self.moved(assignment, assignment.leader.told())
 
     def _cancelled(self, plan_id: str, reason: str) -> None:
         assignment = self._plans.get(plan_id)
@@ -259,6 +248,7 @@ class Agent:
         reach("plan.cancelled")
         self.closed(plan_id)
         self._worker.cancel(plan_id)
+        self._hand_on(assignment)
 
     def _renew(self) -> None:
         try:
@@ -278,21 +268,32 @@ class Agent:
         return entry
 
     def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
-        """A plan is in another state, or further."""
+        """A plan is in another state, or further, and those that share its work with it."""
         if progress.state in MOVING:
             progress.waits_until = self._line.network.opens
-        assignment.state, assignment.waits_until = progress.state, progress.waits_until
-        assignment.done, assignment.planned = progress.done, progress.planned
-        assignment.unit = progress.unit
-        self._stream.progress(progress)
+        for one in (assignment, *self._plans.followers(assignment)):
+            self._stream.progress(one.note(progress))
 
     def finished(self, assignment: Assignment, entry: Entry) -> None:
         """A contribution is in the outbox."""
+        shared = [a.plan.id for a in self._plans.followers(assignment)]
+        entry.plans += shared
+        if entry.verdict is not None:  # the sender was faster
+            self._sender.ask(shared)
         self.sending(entry, 0, entry.index.nbytes)
         self._sender.nudge()
 
     def failed(self, assignment: Assignment, error: str, text: str) -> None:
         """A plan ends without a contribution."""
+        self._fail(assignment, error, text)
+        self._hand_on(assignment)
+
+    def _hand_on(self, ended: Assignment) -> None:
+        """Whoever shared the work of a plan that ended without it does it now."""
+        if (newest := self._plans.succeed(ended)) is not None:
+            self._worker.submit(newest)
+
+    def _fail(self, assignment: Assignment, error: str, text: str) -> None:
         plan_id = assignment.plan.id
         outcome = site_pb2.Outcome(plan_id=plan_id, error=error, message=text)
         self._plans.fail(plan_id, outcome)
@@ -334,7 +335,7 @@ class Agent:
         for plan_id in entry.plans:
             assignment = self._plans.get(plan_id)
             if assignment is not None:
-                self.failed(assignment, type(error).__name__, self._disclosure.own(error))
+                self._fail(assignment, type(error).__name__, self._disclosure.own(error))
 
     # -- the command line ------------------------------------------------------------------------
 

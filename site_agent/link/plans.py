@@ -42,6 +42,8 @@ class Assignment:
         since: When it came, on the monotonic clock.
         cancelled: The orchestrator does not want it any more.
         begun_again: Its trainer was killed from outside, and another one took it up.
+        leader: The one whose work this one shares: another attempt of the same work was under way
+            already when it came, and is not done twice.
     """
 
     plan: Plan
@@ -53,6 +55,16 @@ class Assignment:
     since: float = field(default_factory=monotonic)
     cancelled: bool = False
     begun_again: bool = False
+    leader: Assignment | None = None
+
+    def note(self, progress: site_pb2.Progress) -> site_pb2.Progress:
+        """It is that far, as it is told of this plan."""
+        self.state, self.waits_until = progress.state, progress.waits_until
+        self.done, self.planned, self.unit = progress.done, progress.planned, progress.unit
+        said = site_pb2.Progress()
+        said.CopyFrom(progress)
+        said.plan_id = self.plan.id
+        return said
 
     def told(self) -> site_pb2.Progress:
         """Where it is, once more."""
@@ -78,12 +90,31 @@ class OpenPlans:
         self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()
 
     def add(self, assignment: Assignment) -> bool:
-        """Open a plan; False if it is open already."""
+        """Open a plan; False if it is open already. One whose work is under way follows it."""
         with self._lock:
             if assignment.plan.id in self._open:
                 return False
+            digest = assignment.plan.work_digest
+            same = (a for a in self._open.values() if a.plan.work_digest == digest)
+            leaders = (a for a in same if a.leader is None and not a.cancelled)
+            assignment.leader = next(leaders, None)
             self._open[assignment.plan.id] = assignment
             return True
+
+    def followers(self, leader: Assignment) -> list[Assignment]:
+        """Open plans that share another one's work, in the order in which they came."""
+        with self._lock:
+            return [a for a in self._open.values() if a.leader is leader]
+
+    def succeed(self, leader: Assignment) -> Assignment | None:
+        """One ended without a contribution: the newest of its followers leads the others now."""
+        if not (followers := self.followers(leader)):
+            return None
+        *others, newest = followers
+        newest.leader = None
+        for other in others:
+            other.leader = newest
+        return newest
 
     def get(self, plan_id: str) -> Assignment | None:
         """An open plan."""

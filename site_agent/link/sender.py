@@ -7,7 +7,7 @@ by a call of its own, resumable.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import Protocol
 
@@ -128,6 +128,12 @@ class Sender:
             channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
+
+    def ask(self, plans: Iterable[str]) -> None:
+        """Ask how it stands with plans whose work was answered for another attempt."""
+        with self._condition:
+            self._unclear += plans
+            self._condition.notify_all()
 
     def stop(self) -> None:
         """End the thread; what is not sent stays in the outbox."""
@@ -343,9 +349,16 @@ class Sender:
         answered_for = answer.plan_id or entry.header.plan_id
         self._ears.closed(answered_for)
         reach("contribute.settled")
-        with self._condition:
-            self._unclear += [p for p in entry.plans if p != answered_for]
-            self._condition.notify_all()
+        # An answer for one attempt says that those before it are over.
+        for plan_id in (p for p in entry.plans if _attempt(p) < _attempt(answered_for)):
+            self._ears.closed(plan_id)
+        self.ask(p for p in entry.plans if _attempt(p) > _attempt(answered_for))
+
+
+def _attempt(plan_id: str) -> int:
+    """Which attempt a plan is of; 0 where the orchestrator names something else."""
+    parts = plan_id.split("/")
+    return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
 
 
 def _theirs(error: FarflungError) -> FarflungError:

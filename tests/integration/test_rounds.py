@@ -312,6 +312,29 @@ def test_a_killed_daemon_goes_on_and_nothing_is_trained_twice(field: Field) -> N
     assert {site: field.steps(site) for site in SITES} == dict.fromkeys(SITES, 2 * per_round)
 
 
+def test_work_under_way_is_not_begun_again_for_the_next_attempt(field: Field) -> None:
+    gate, fault = field.switches["south"] / "gate", field.switches["north"] / "fault"
+    gate.touch()
+    fault.write_text("raise")
+    cohort = {"quorum": "all", "deadline_s": 120, "attempts": 5}
+    run = field.federation.launch(field.config("shared-work", rounds=1, cohort=cohort))
+    wait_for(field.switches["south"] / "reached", 60)
+    told(field, run, "attempt given up")
+    fault.unlink()
+
+    def trains_for_the_next(event: Event) -> bool:
+        sites = {s["site"]: s for s in event.data.get("sites", ())} if event.kind == "round" else {}
+        return event.data.get("attempt", 0) > 1 and sites["south"]["state"] == "training"
+
+    field.federation.until(trains_for_the_next, run)
+    gate.unlink()
+    _, rounds = finished(field, run)
+    assert not rounds[0].missing
+    # Whatever else it had been asked would be done before the next run's work.
+    finished(field, field.federation.launch(field.config("afterwards", rounds=1, cohort=cohort)))
+    assert field.steps("south") == 2 * 2 * 120 // 20
+
+
 def test_finished_work_of_an_abandoned_attempt_counts_in_the_next(field: Field) -> None:
     gate = field.switches["north"] / "gate"
     gate.touch()

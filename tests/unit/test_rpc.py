@@ -135,6 +135,24 @@ def test_an_unknown_call_is_a_conflict_of_versions() -> None:
     assert type(from_rpc_error(info.value)) is Conflict
 
 
+def test_a_line_that_garbles_bytes_is_one_that_broke() -> None:
+    """What gRPC says then, as seen from a proxy that flipped a bit."""
+
+    class Broken(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNKNOWN
+
+        def details(self) -> str:
+            return "Stream removed (Unwrap failed (TSI_DATA_CORRUPTED))"
+
+        def trailing_metadata(self) -> None:
+            return None
+
+    got = from_rpc_error(Broken())
+    assert type(got) is Unavailable
+    assert "TSI_DATA_CORRUPTED" in got.message
+
+
 def test_a_handler_that_aborts_by_itself_is_left_alone() -> None:
     def handle(request: bytes, context: grpc.ServicerContext) -> bytes:
         context.abort(grpc.StatusCode.NOT_FOUND, "gone")

@@ -241,7 +241,8 @@ def _assessed(aside: Engine, planned: Planned, notes: list[str]) -> Iterator[Com
         found = evaluate(aside, planned, kind, True)
         maps: dict[str, Any] = {**found["calibration"], **found["settled"]}
         scores = found["scores"]
-        if aside.ledger.contributions(row.run, row.round, row.attempt, "reassess"):
+        again = aside.ledger.contributions(row.run, row.round, row.attempt, "reassess")
+        if again and len(again) >= row.quorum:  # fewer were not used: that exchange was given up
             second = evaluate(aside, planned, "reassess", False)
             scores, maps = {**scores, **second["scores"]}, {**maps, **second["settled"]}
     except NotFound as error:

@@ -109,6 +109,7 @@ class Outcome:
         rounds: Committed in all: also the first one, and that under way at the storm's end.
         replayed: Rounds that were computed again to the same digests.
         part: Share of the asked sites that took part, in the round with the fewest.
+        unassessed: Rounds whose model was not assessed by all of them.
         identical: Whether every model is the undisturbed run's.
         problems: What `verify`, the logs and the replays say.
     """
@@ -119,6 +120,7 @@ class Outcome:
     rounds: int = 0
     replayed: int = 0
     part: float = 0.0
+    unassessed: int = 0
     identical: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -156,7 +158,8 @@ class Outcome:
             f" {self.gale.resumed} times taken up by the operator;"
             f" replayed {self.replayed} of {self.rounds};"
             f" verify and logs: {len(self.problems)} problems; at least {self.part:.0%} of the"
-            f" sites in each round; {'identical' if self.identical else 'NOT IDENTICAL'}"
+            f" sites in each round; {self.unassessed} rounds not assessed by all;"
+            f" {'identical' if self.identical else 'NOT IDENTICAL'}"
         )
 
 
@@ -478,10 +481,12 @@ def _look_back(federation: FaultyFederation, run: str, outcome: Outcome) -> None
     outcome.problems += [one.text for one in (*found.problems, *found.erased)]
     rounds = [one for one in federation.rounds(run) if one.round and one.state == "committed"]
     gale.given_up = sum(one.attempt - 1 for one in rounds)
-    outcome.part = min(1 - len(one.missing) / len(SITES) for one in rounds)
     outcome.rounds = len(rounds)
+    outcome.unassessed = sum(bool(one.missing) for one in rounds)
+    outcome.part = 1.0
     for one in rounds:
         done = client.replay(run, one.round)
+        outcome.part = min(outcome.part, len(done.sites) / len(SITES))
         if done.identical:
             outcome.replayed += 1
         else:

@@ -14,6 +14,7 @@ from orchestrator.child import program
 from orchestrator.verifying import verify_file
 from orchestrator.views import Round
 from protos.errors import DataCorrupt, InvalidInput, NotFound
+from protos.faults import Fault
 from tests.support.field import SITES, Field
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
@@ -24,6 +25,9 @@ STRATEGY: list[dict[str, Any]] = [
     {"name": "feddf", "steps": 8},
     {"name": "temperature"},
 ]
+
+CALIBRATED = {"name": "temperature", "certainty": 0.0}
+"""So that there is a map in any case."""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,22 @@ def test_the_newest_round_is_computed_again_and_checked_elsewhere(
     client.export(run, "", tmp_path, ledger=True)
     offline = verify_file(tmp_path, real.federation.home.keys / "ca.pem")
     assert (offline.problems, offline.digest) == ((), found.digest)
+
+
+def test_sums_that_were_not_used_are_not_used_again(real: Field) -> None:
+    """A site's disk is full when it is asked what the calibrated outputs are worth: too few answer."""
+    federation = real.federation
+    # What it writes is its training, the sums of the model, and then those of calibrated outputs.
+    federation.fail("north", Fault("outbox.head.written", hit=3, do="raise", process="link"))
+    cohort = {"quorum": "all", "deadline_s": 60}
+    config = real.config("unused", rounds=1, seed=2312, cohort=cohort, strategy=[CALIBRATED])
+    run = federation.launch(config)
+    (round,) = finished(real, run, 1)
+    assert "No space left on device" in round.missing["north"]
+    assert "test.nll" in round.scores
+    assert not any(name.startswith("test_calibrated") for name in round.scores)
+    done = federation.client.replay(run, 1)
+    assert done.identical, done
 
 
 @pytest.mark.slow

@@ -41,7 +41,9 @@ def recoveries(arena: Arena, shape: str) -> Recoveries:
     """A run in which the daemon and a site are killed in turn, once in a round."""
     out, run = Recoveries(), arena.launch(shape, arena.seed)
     federation = arena.ground.federation
-    for done in range(1, arena.shapes[shape].rounds - 1):  # a kill that comes late in a round has one more
+    for done in range(
+        1, arena.shapes[shape].rounds - 1
+    ):  # a kill that comes late in a round has one more
         federation.await_that(
             lambda done=done: arena.told(run)[2] >= done, f"round {done}", BACK_S, revive=True
         )

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from protos.errors import ComputeFailed
+from protos.errors import ComputeFailed, Unavailable
 from protos.faults import Fault
 from tests.chaos.cases import MOMENT, Case, Disturbed, Shape
 from tests.support.faulty import ORCHESTRATOR
@@ -33,7 +33,7 @@ STEPS = EPOCHS * SAMPLES // BATCH
 PER_STEP_S = 0.001
 """Sites save their training after every step, so a kill costs at most one."""
 
-LOOK_S = 0.03
+LOOK_S, END_S = 0.03, 0.5
 STANDSTILL_S = 180.0
 ROUSE_S = 2.0
 """A point that no undisturbed round reaches: so long after the last kill there is another one."""
@@ -248,6 +248,10 @@ class Arena:
             if state in ("finished", "stopped", "paused", "failed"):
                 if state != "finished":
                     raise RuntimeError(f"the run is {state}: {reason}")
+                time.sleep(END_S)  # what is reached at its very end has been by then
+                ended = [end for end in ends if end.case is not None and end.case.at != MOMENT]
+                out.struck += [end.case for end in ended if federation.struck(end.name)]
+                out.kills += sum(federation.struck(end.name) for end in ended)
                 return
             for end in ends:
                 self._tend(out, end, todo, seen, done)
@@ -361,8 +365,12 @@ class Arena:
 
     def _serves(self) -> bool:
         try:
-            return bool(self.ground.federation.daemon.first_line(STANDSTILL_S))
-        except ComputeFailed:  # it was to be killed in its start
+            self.ground.federation.daemon.first_line(STANDSTILL_S)
+            return bool(self.ground.federation.client.sites())
+        except (
+            ComputeFailed,
+            Unavailable,
+        ):  # it was to be killed in its start, or at the run's end
             return False
 
     def _difference(self, out: Disturbed, shape: str, seed: int) -> str:

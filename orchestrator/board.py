@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.speeds import Speed, measured
 from orchestrator.views import SitePhase, SiteWork, WorkState
 
 PUBLISH_EVERY_S = 0.25
@@ -27,6 +28,9 @@ class _Live:
     done: float | None = None
     planned: float | None = None
     unit: str = ""
+    begun_at: float | None = None  # what was done of the training when it was first heard of
+    finishing: bool = False  # it was told to; so being counted does not mean that all is done
+    partial: bool = False
     loss: float | None = None
     learning_rate: float | None = None
     examples: int | None = None
@@ -69,6 +73,7 @@ class _Live:
             done=self.done,
             planned=self.planned,
             unit=self.unit,
+            partial=self.partial,
             loss=self.loss,
             learning_rate=self.learning_rate,
             examples=self.examples,
@@ -81,6 +86,12 @@ class _Live:
             weight=self.weight,
             scores=dict(self.scores),
         )
+
+    def speed(self, now: float) -> Speed | None:
+        """How fast it was in this round, as far as that was seen."""
+        if self.done is None or self.begun_at is None:
+            return None
+        return measured(self.phases, self.unit, self.done - self.begun_at, now)
 
     def _eta(self, now: float) -> float | None:
         if self.state != "training" or not self.done or not self.planned:
@@ -135,7 +146,7 @@ class Board:
                 return
             row.shown = None
             row.error, row.reason = error, reason
-            if state == "counted" and row.planned is not None:
+            if state == "counted" and row.planned is not None and not row.finishing:
                 row.done = row.planned
             row.enter(state, time.time())
         self._publish()
@@ -165,6 +176,7 @@ class Board:
             row.waits_until = waits_until
             if state == "training":
                 row.done, row.planned, row.unit = done, planned, unit
+                row.begun_at = done if row.begun_at is None else row.begun_at
                 row.loss, row.learning_rate = loss, learning_rate
                 row.examples_per_s = examples_per_s
             publish = new or now - self._published > PUBLISH_EVERY_S
@@ -185,8 +197,13 @@ class Board:
         loss: float | None = None,
         scores: dict[str, float] | None = None,
         reason: str | None = None,
+        finishing: bool = False,
+        partial: tuple[float, float, str] | None = None,
     ) -> None:
-        """Facts about a site's part in the round; bytes are added (seen from the site)."""
+        """Facts about a site's part in the round; bytes are added (seen from the site).
+
+        ``partial`` is what was done of its work, of how much, in which unit, if that was cut.
+        """
         with self._lock:
             row = self._rows.get(site)
             if row is None:
@@ -200,6 +217,10 @@ class Board:
             row.loss = loss if loss is not None else row.loss
             row.reason = reason if reason is not None else row.reason
             row.scores.update(scores or {})
+            row.finishing = row.finishing or finishing
+            if partial is not None:
+                done, row.planned, row.unit = partial
+                row.partial, row.done = True, done or None
 
     def standing(self, site: str) -> str:
         """How far a site is, and since when nothing more was heard of it, in words."""
@@ -217,6 +238,13 @@ class Board:
         """Add wall seconds of one of the orchestrator's own phases."""
         with self._lock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def speeds(self) -> dict[str, Speed]:
+        """How fast the sites were in this round, up to now."""
+        now = time.time()
+        with self._lock:
+            found = {site: row.speed(now) for site, row in self._rows.items()}
+        return {site: speed for site, speed in found.items() if speed is not None}
 
     def wire_bytes(self) -> int:
         """Bytes of payload over the wire in this round, both ways."""

@@ -11,8 +11,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from orchestrator.board import Board
 from orchestrator.gathering import Decision, Gathering, Member
@@ -27,16 +27,35 @@ from protos.v1 import site_pb2
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 3600.0
+LONGEST_PREPARING_S = 366 * 24 * 3600.0
 LAST_TIME_S = 2.0**36
 """Later than any time that a site may name (the year 4147); dates can still be made of it."""
 
 
 @dataclass(frozen=True)
 class _Event:
-    kind: str  # counted | failed | attached | gone | wake
+    kind: str  # counted | failed | attached | gone | preparing | prepared | wake
     site: str = ""
     plan_id: str = ""
     reason: str = ""
+    seconds: float = 0.0  # preparing, prepared: as the site counts them
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How an exchange is waited for.
+
+    Attributes:
+        quorum: Least number of counted sites.
+        seconds: Until the deadline.
+        patience_s: How much of a site's preparing, at most, does not run against it.
+        leads: Sites that are told to finish what they have, and how many seconds before their deadline.
+    """
+
+    quorum: int
+    seconds: float
+    patience_s: float = 0.0
+    leads: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,7 @@ class Exchange:
         self._plan_id = ""
         self._shown = False  # whether answers change the round's rows: not those of an assessment
         self._interrupt = threading.Event()
+        self._preparing: dict[str, tuple[bool, float]] = {}  # what the round's thread was told
         self.sessions: Sessions | None = None
         self.troubles = Troubles(ledger, note)
         self.left: set[tuple[str, str]] = set()
@@ -94,6 +114,15 @@ class Exchange:
                 said.examples_per_s or None,
                 said.waits_until if 0 < said.waits_until < LAST_TIME_S else None,
             )
+            self._prepares(site, plan_id, state == "preparing", said.prepared_s)
+
+    def _prepares(self, site: str, plan_id: str, still: bool, said_s: float) -> None:
+        seconds = said_s if 0 < said_s < LONGEST_PREPARING_S else 0.0  # nor is it, if it is NaN
+        before = self._preparing.get(site, (False, 0.0))
+        if before != (still, seconds):
+            self._preparing[site] = (still, seconds)
+            kind = "preparing" if still else "prepared"
+            self._inbox.put(_Event(kind, site, plan_id, seconds=seconds))
 
     def counted(self, site: str, plan_id: str, header_digest: str) -> None:
         """A contribution is durable and counts."""
@@ -156,18 +185,13 @@ class Exchange:
     # -- the round's thread -------------------------------------------------------------------
 
     def gather(
-        self,
-        rows: Sequence[PlanRow],
-        quorum: int,
-        seconds: float,
-        base: site_pb2.SmallModel | None = None,
+        self, rows: Sequence[PlanRow], terms: Terms, base: site_pb2.SmallModel | None = None
     ) -> Gathered:
         """Push the plans, wait for the answers, decide.
 
         Args:
             rows: The plans of one exchange.
-            quorum: Least number of counted sites.
-            seconds: Until the deadline.
+            terms: How long it is waited for whom.
             base: The base of all the plans, if it is so small that it goes out with them.
         """
         sessions = self.sessions
@@ -175,14 +199,15 @@ class Exchange:
             raise RuntimeError("the exchange was not connected to the sessions")
         now = time.monotonic()
         reach("gather.begun")
+        self._preparing = {}
         self._plan_id = rows[0].id if rows else ""  # from here on events are kept
         first = rows[0] if rows else None
         self._shown = first is not None and first.kind in ("train", "init")
         known = self._ledger.plans(first.run, first.round, first.attempt) if first else []
         answers = {r.site: r for r in known if r.id == self._plan_id}
-        machine = Gathering(
-            quorum, now + seconds, self._grace_s, {row.site: Member() for row in rows}
-        )
+        members = {row.site: Member(lead_s=terms.leads.get(row.site)) for row in rows}
+        end = now + terms.seconds
+        machine = Gathering(terms.quorum, end, self._grace_s, members, terms.patience_s)
         for row in rows:
             row = answers.get(row.site, row)
             if row.answer == "counted":
@@ -223,6 +248,10 @@ class Exchange:
                 if interrupted:
                     self._interrupt.clear()
                 return Gathered(decision, machine.counted_sites, machine.missing, interrupted)
+            if decision.finish:
+                self._finish(decision.finish)
+                machine = machine.told(decision.finish)
+                continue
             try:
                 event = self._inbox.get(
                     timeout=min(LONGEST_WAIT_S, max(0.0, decision.wake_at - now))
@@ -253,7 +282,20 @@ class Exchange:
             return machine.back(event.site)
         if event.kind == "gone":
             return machine.gone(event.site, time.monotonic())
+        if event.kind in ("preparing", "prepared"):
+            still = event.kind == "preparing"
+            return machine.prepares(event.site, time.monotonic(), still, event.seconds)
         return machine
+
+    def _finish(self, sites: Sequence[str]) -> None:
+        """Tell sites that the deadline is near."""
+        message = site_pb2.ToSite(finish=site_pb2.Finish(plan_id=self._plan_id))
+        for site in sites:
+            if self.sessions is not None and self.sessions.send(site, message):
+                text = f"site {site} is asked for what it has done: the deadline is near"
+                self._note("info", site, text)
+                self._board.note(site, finishing=True)
+                reach("gather.finishing")
 
     def cancel(self, rows: Sequence[PlanRow], sites: Sequence[str], reason: str) -> None:
         """Tell sites that their plan is over."""

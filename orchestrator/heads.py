@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.doorkeeper import Caller
 from orchestrator.ledger import Ledger, PlanRow
+from orchestrator.run_config import RunConfig
 from orchestrator.store import Store
 from protos.contribution import Header
 from protos.errors import ContributionRefused, NotFound
@@ -94,6 +95,8 @@ class Heads:
             refuse("the index is not the one that the header names", "index")
         if index.manifest != header.manifest:
             refuse("index and header name different manifests", "manifest")
+        if header.partial and not (plan.kind == "train" and self._takes_partial(plan.run)):
+            refuse("it is partial work, which the run does not take", "partial")
         if plan.kind != "init" and header.base not in (plan.base, *plan.accepts):
             refuse(
                 f"it was trained from the base {header.base[:12] or '(none)'}, "
@@ -119,6 +122,10 @@ class Heads:
                 f"{index.nbytes} bytes are announced where header and manifest make {expected}",
                 "nbytes",
             )
+
+    def _takes_partial(self, run: str) -> bool:
+        config = RunConfig.from_resolved(self._ledger.run(run).config)
+        return config.cohort.partial
 
     def covered(self, plan: Plan) -> Manifest:
         """The manifest of the tensors that a plan covers."""

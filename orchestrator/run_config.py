@@ -32,13 +32,17 @@ class CohortSection(Section):
     Attributes:
         sites: Names, or "all" sites enrolled when a round is planned.
         quorum: Contributions without which a round isn't closed, or "all".
-        deadline_s: The only time-out that a user sets; > 0.
+        deadline_s: The only time-out that a user sets; > 0. What a site spends preparing (its trainer
+            starts, the task loads) does not run against it, up to as long again.
+        partial: Whether a site that is still training shortly before the deadline contributes what it
+            has done by then. It weighs its examples times the part of the work that was done.
         attempts: Attempts of one round before the run is paused.
     """
 
     sites: tuple[Name, ...] | Literal["all"] = "all"
     quorum: int | Literal["all"] = "all"
     deadline_s: float = Field(3600.0, gt=0)
+    partial: bool = False
     attempts: int = Field(3, ge=1, le=100)
 
     @field_validator("quorum")

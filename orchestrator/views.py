@@ -85,6 +85,7 @@ class SiteWork(View):
         reason: What went wrong, where, what to do; with the error's class in ``error``.
         phases: The timeline, oldest first.
         done: Of ``planned``, in ``unit``.
+        partial: Its work was cut before the deadline; ``done`` of it is in its contribution.
         waits_until: No window of the site is open: when one opens, Unix time.
         scores: Scores of the candidate at this site, by name.
     """
@@ -97,6 +98,7 @@ class SiteWork(View):
     done: float | None = None
     planned: float | None = None
     unit: str = ""
+    partial: bool = False
     loss: float | None = None
     learning_rate: float | None = None
     examples: int | None = None

@@ -87,10 +87,11 @@ class Header(Frozen):
         codec: Name of the strategy that encoded the parameters; empty for raw.
         blocks: Bytes of each tile's block in order; empty for raw, where they follow from the manifest.
         payloads: Side payloads, in the order of their bytes.
-        examples: Training examples at the site: the weight of an average, never times epochs.
+        examples: Training examples at the site: the weight of an average, never times epochs. Of
+            partial work the share of them that belongs to the share of the work that was done.
         steps: Optimizer steps made, >= 0.
         epochs: Passes over the data made, >= 0.
-        partial: The work was cut at the deadline.
+        partial: The work was cut before the deadline, see ``Finish`` in protos/v1/site.proto.
         metrics: Numbers that the site's policy lets out, such as the mean training loss.
         seconds: Wall seconds by phase (preparing, fetching, training, encoding).
         task_digest: Digest of the task's source at the site.
@@ -115,6 +116,15 @@ class Header(Frozen):
     seconds: dict[str, float] = Field({}, max_length=16)
     task_digest: str = Field("", max_length=64)
     packages: dict[str, str] = Field({}, max_length=64)
+
+    def done(self, unit: str) -> float:
+        """How much local work is in it, in a unit of `Work`; 0 where it does not tell (tokens)."""
+        known = {
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "seconds": self.seconds.get("training"),
+        }
+        return float(known.get(unit) or 0.0)
 
     @cached_property
     def payload_names(self) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ orchestrator/daemon.py
     daemon.sites.served daemon.runner.started
 orchestrator/exchange.py
     gather.counted gather.failed gather.begun gather.known gather.offered gather.decided
-    gather.heard gather.cancelled
+    gather.heard gather.finishing gather.cancelled
 orchestrator/intake.py
     spool.index.written spool.header.written spool.marked spool.chunk.written spool.finished
     spool.examined spool.adopted spool.counted spool.forgotten message.written message.adopted
@@ -208,7 +208,7 @@ orchestrator/store/store.py
 site_agent/home.py
     home.locked
 site_agent/link/agent.py
-    plan.heard plan.known plan.based plan.accepted plan.cancelled plan.failed
+    plan.heard plan.known plan.based plan.accepted plan.finishing plan.cancelled plan.failed
 site_agent/link/doorbell.py
     doorbell.bound
 site_agent/link/enrolment.py
@@ -243,7 +243,7 @@ site_agent/trainer/payload.py
     payload.folder.made payload.written payload.state.written
 site_agent/trainer/server.py
     prepare.heard prepare.task.loaded prepare.loaded prepare.told perform.heard perform.done
-    perform.told
+    perform.told finish.heard
 """
 
 

@@ -63,6 +63,11 @@ class Home:
         """Training of the plan in work, saved half-way; gone when its contribution is finished."""
         return self.root / "checkpoint.safetensors"
 
+    @property
+    def paused(self) -> Path:
+        """There while the site takes no plans, also over a restart."""
+        return self.root / "paused"
+
     def spares(self) -> Spares:
         """Files to write over: the payload that was sent, the base that is not needed any more."""
         return Spares(self.root / "spare", SPARES)

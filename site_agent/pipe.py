@@ -77,6 +77,13 @@ class CancelJob(Line):
     job: int
 
 
+class FinishJob(Line):
+    """End a job's training at the next step boundary, and contribute what is done."""
+
+    op: Literal["finish"] = "finish"
+    job: int
+
+
 class Quit(Line):
     """End the process."""
 
@@ -171,16 +178,16 @@ class Failed(Line):
     device_lost: bool = False
 
 
-Order = Annotated[Prepare | Perform | CancelJob | Quit, Field(discriminator="op")]
+Order = Annotated[Prepare | Perform | CancelJob | FinishJob | Quit, Field(discriminator="op")]
 Event = Annotated[
     Started | Ready | Progress | Done | Cancelled | Failed, Field(discriminator="event")
 ]
 
-_ORDERS: TypeAdapter[Prepare | Perform | CancelJob | Quit] = TypeAdapter(Order)
+_ORDERS: TypeAdapter[Prepare | Perform | CancelJob | FinishJob | Quit] = TypeAdapter(Order)
 _EVENTS: TypeAdapter[Started | Ready | Progress | Done | Cancelled | Failed] = TypeAdapter(Event)
 
 
-def read_order(line: bytes) -> Prepare | Perform | CancelJob | Quit:
+def read_order(line: bytes) -> Prepare | Perform | CancelJob | FinishJob | Quit:
     """The order of a line.
 
     Raises:

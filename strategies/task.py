@@ -37,6 +37,8 @@ class Training:
         rate: Learning rate at a part u in [0, 1] of the round (the cycle, restarted every round).
         report: To be called now and then with (done, loss), done in the unit of ``plan.work``; it
             raises when the round was given up, and the exception must pass through.
+        enough: Whether to end behind this step: the deadline is near, and the run takes partial work.
+            What was reported last is then what counts as done. A loop that does not ask trains on.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Training:
     device: torch.device
     rate: Callable[[float], float]
     report: Callable[[float, float], None]
+    enough: Callable[[], bool]
 
 
 class Trained(NamedTuple):
@@ -109,7 +112,7 @@ class Task:
         return None
 
     def train_data(self) -> Dataset[Any]:
-        """This site's own training data; it never leaves."""
+        """This site's own training data; it never leaves. Asked for once, while the site is preparing."""
         raise NotImplementedError
 
     def val_data(self) -> Dataset[Any] | None:

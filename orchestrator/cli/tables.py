@@ -177,6 +177,7 @@ def notes(entry: views.Round) -> str:
         found.append("without " + ", ".join(entry.missing))
     if entry.state == "committed" and not entry.assessed:
         found.append("unassessed")
+    found += [f"{s.site} partial: {progress(s)}" for s in entry.sites if s.partial]
     found += [f"{p.name} {p.state}: {p.reason}" for p in entry.plugins if p.state != "done"]
     found += [f"{p.name} {cost(p)}" for p in entry.plugins if p.cpu_seconds is not None]
     if entry.held and entry.state == "committed":
@@ -209,7 +210,7 @@ def work_table(entry: views.Round) -> Table:
             NOTHING if site.examples_per_s is None else f"{site.examples_per_s:,.0f}",
             size(site.received_bytes),
             size(site.sent_bytes),
-            site.reason or window(site),
+            site.reason or window(site) or remark(site),
         )
     return table
 
@@ -220,6 +221,13 @@ def window(site: views.SiteWork) -> str:
         return ""
     when = datetime.fromtimestamp(site.waits_until).astimezone()
     return f"no window is open until {when:%a %H:%M}"
+
+
+def remark(site: views.SiteWork) -> str:
+    """What else is to be known of a site's work."""
+    if site.partial:
+        return "partial: cut before the deadline"
+    return "does not run against the deadline" if site.state == "preparing" else ""
 
 
 def progress(site: views.SiteWork) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.compute.errors import ComputeTimedOut
-from orchestrator.exchange import Gathered
+from orchestrator.exchange import Gathered, Terms
 from orchestrator.ledger import PlanKind
 from orchestrator.rounds.engine import (
     WORKER_S,
@@ -189,7 +189,8 @@ def _exchange(
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
     reach("assess.opened")
     base = small_model(engine.store, candidate.model.shared)
-    gathered = engine.exchange.gather(rows, row.quorum, row.deadline_s, base)
+    terms = Terms(row.quorum, row.deadline_s, planned.config.cohort.deadline_s)
+    gathered = engine.exchange.gather(rows, terms, base)
     if gathered.interrupted:
         return gathered  # it stays open: what comes meanwhile counts when it is gone on with
     reach("assess.gathered")

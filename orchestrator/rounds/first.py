@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from orchestrator.exchange import Terms
 from orchestrator.ledger import ContributionRow, RoundRow, RunRow
 from orchestrator.rounds.engine import Engine, Model, payload_specs
 from orchestrator.rounds.page import Outcome
@@ -164,7 +165,8 @@ def _from_site(
     engine.board.begin(run.id, 0, row.attempt, [site])
     if row.state == "planned":
         seconds = row.started + row.deadline_s - time.time()
-        gathered = engine.exchange.gather(plans, 1, seconds)
+        terms = Terms(1, seconds, config.cohort.deadline_s)
+        gathered = engine.exchange.gather(plans, terms)
         if gathered.interrupted:
             return Outcome("interrupted")
         if gathered.decision.kind != "close":

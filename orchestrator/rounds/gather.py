@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from orchestrator.exchange import Gathered
+from orchestrator.exchange import Gathered, Terms
 from orchestrator.ledger import ContributionRow, PlanRow
 from orchestrator.rounds.engine import Engine, Planned
 from orchestrator.small import small_model
+from orchestrator.speeds import Speed, lead_s, speeds_of
 from protos.contribution import Header
 from protos.faults import reach
 
@@ -21,11 +23,13 @@ class Closed:
         contributions: The closed set, by site name.
         missing: Sites that were asked and are not in it, with the reason.
         reason: Why it was closed then.
+        speeds: How fast the sites were; none where a restart forgot it.
     """
 
     contributions: tuple[ContributionRow, ...]
     missing: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
 
 
 def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
@@ -35,17 +39,27 @@ def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
     engine.board.begin(row.run, row.round, row.attempt, [p.site for p in plans])
     if row.state != "planned":  # closed before a restart
         return closed_set(engine, planned, plans, row.reason)
-    seconds = row.started + row.deadline_s - time.time()
     base = small_model(engine.store, row.base)
-    gathered = engine.exchange.gather(plans, row.quorum, seconds, base)
+    gathered = engine.exchange.gather(plans, _terms(planned, plans), base)
     if gathered.interrupted or gathered.decision.kind != "close":
         return gathered
-    reason = gathered.decision.reason
+    reason, speeds = gathered.decision.reason, engine.board.speeds()
     reach("round.closing")
     ledger.close_round(row.run, row.round, row.attempt, None, reason)
     reach("round.closed")
     engine.exchange.cancel(plans, list(gathered.missing), "the round was closed")
-    return closed_set(engine, planned, plans, reason, gathered.missing)
+    closed = closed_set(engine, planned, plans, reason, gathered.missing)
+    return replace(closed, speeds=speeds)
+
+
+def _terms(planned: Planned, plans: list[PlanRow]) -> Terms:
+    row, cohort = planned.row, planned.config.cohort
+    leads = {}
+    if cohort.partial:
+        speeds = speeds_of(planned.before.summary)
+        leads = {p.site: lead_s(speeds.get(p.site), cohort.deadline_s) for p in plans}
+    seconds = row.started + row.deadline_s - time.time()
+    return Terms(row.quorum, seconds, cohort.deadline_s, leads)
 
 
 def closed_set(

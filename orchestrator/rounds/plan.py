@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
 from orchestrator.rounds.engine import WORKER_S, Engine, Model, Planned
 from orchestrator.run_config import RunConfig
+from orchestrator.speeds import speeds_of, too_slow
 from protos.errors import Conflict
 from protos.faults import reach
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
@@ -44,7 +45,22 @@ def plan(engine: Engine, run: RunRow, number: int, abandoning: str = "") -> Plan
     reach("round.planned")
     engine.ledger.carry_over(run.id, number, attempt)
     reach("round.carried")
+    _warn(engine, row, before, config)
     return Planned(config, run, row, base, before)
+
+
+def _warn(engine: Engine, row: RoundRow, before: RoundRow, config: RunConfig) -> None:
+    """Say who is not expected to make the deadline."""
+    deadline, work = config.cohort.deadline_s, row.draft["work"]
+    speeds = speeds_of(before.summary)
+    asked = ", ".join(f"{amount:g} {unit}" for unit, amount in work.items() if amount is not None)
+    then = "it is asked for what it has by then" if config.cohort.partial else "it may be missing"
+    for site, needs in too_slow(speeds, row.draft["cohort"], work, deadline).items():
+        text = (
+            f"site {site} is not expected to make the deadline of round {row.round}: {asked} take it "
+            f"about {needs:.3g} s, by its speed so far, and there are {deadline:g} s; {then}"
+        )
+        engine.note("warning", row.run, row.round, site, text)
 
 
 def cohort_of(engine: Engine, run: RunRow, config: RunConfig) -> tuple[str, ...]:

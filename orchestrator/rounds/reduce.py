@@ -89,7 +89,10 @@ def job_of(
     headers = [Header.decode(c.header) for c in rows]
     for header in headers:
         engine.board.note(
-            header.site, examples=header.examples, loss=header.metrics.get("train_loss")
+            header.site,
+            examples=header.examples,
+            loss=header.metrics.get("train_loss"),
+            partial=_cut(header, draft["work"]) if header.partial else None,
         )
     payloads = [payload_specs(engine, c, folder) for c in rows]
     return {
@@ -134,6 +137,12 @@ def job_of(
             "out": str(folder / "pooled"),
         },
     }
+
+
+def _cut(header: Header, work: dict[str, float | None]) -> tuple[float, float, str]:
+    """What is done of work that was cut, of how much, in which unit."""
+    unit, amount = next((u, a) for u, a in work.items() if a is not None)
+    return header.done(unit), amount, unit
 
 
 def _kept_per_site(payloads: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -118,6 +118,7 @@ class ToSite(google.protobuf.message.Message):
     DRAIN_FIELD_NUMBER: builtins.int
     RENEW_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    FINISH_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome: ...
     @property
@@ -142,6 +143,10 @@ class ToSite(google.protobuf.message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """the site's own, back again: how long a round trip takes"""
 
+    @property
+    def finish(self) -> Global___Finish:
+        """the deadline is near: contribute what is done"""
+
     def __init__(
         self,
         *,
@@ -152,12 +157,13 @@ class ToSite(google.protobuf.message.Message):
         drain: Global___Drain | None = ...,
         renew: Global___Renew | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        finish: Global___Finish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "finish", b"finish", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["answer", b"answer", "cancel", b"cancel", "drain", b"drain", "finish", b"finish", "heartbeat", b"heartbeat", "kind", b"kind", "plan", b"plan", "renew", b"renew", "welcome", b"welcome"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["welcome", "plan", "answer", "cancel", "drain", "renew", "heartbeat"]
+    _WhichOneofReturnType_kind: typing_extensions.TypeAlias = typing.Literal["welcome", "plan", "answer", "cancel", "drain", "renew", "heartbeat", "finish"]
     _WhichOneofArgType_kind: typing_extensions.TypeAlias = typing.Literal["kind", b"kind"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -309,6 +315,7 @@ class Progress(google.protobuf.message.Message):
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     EXAMPLES_PER_S_FIELD_NUMBER: builtins.int
     WAITS_UNTIL_FIELD_NUMBER: builtins.int
+    PREPARED_S_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     state: Global___Progress.State.ValueType
     done: builtins.float
@@ -322,6 +329,8 @@ class Progress(google.protobuf.message.Message):
     examples_per_s: builtins.float
     waits_until: builtins.float
     """no window of the site is open: Unix time at which one opens; else 0"""
+    prepared_s: builtins.float
+    """seconds that the plan has spent PREPARING so far"""
     def __init__(
         self,
         *,
@@ -334,8 +343,9 @@ class Progress(google.protobuf.message.Message):
         learning_rate: builtins.float = ...,
         examples_per_s: builtins.float = ...,
         waits_until: builtins.float = ...,
+        prepared_s: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "examples_per_s", b"examples_per_s", "learning_rate", b"learning_rate", "loss", b"loss", "plan_id", b"plan_id", "planned", b"planned", "state", b"state", "unit", b"unit", "waits_until", b"waits_until"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["done", b"done", "examples_per_s", b"examples_per_s", "learning_rate", b"learning_rate", "loss", b"loss", "plan_id", b"plan_id", "planned", b"planned", "prepared_s", b"prepared_s", "state", b"state", "unit", b"unit", "waits_until", b"waits_until"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Progress: typing_extensions.TypeAlias = Progress
@@ -512,6 +522,26 @@ class Cancel(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Cancel: typing_extensions.TypeAlias = Cancel
+
+@typing.final
+class Finish(google.protobuf.message.Message):
+    """End a plan's training after the step that it is at, or after its first one, and contribute that as
+    partial work. Only where the run takes partial work; an agent of an earlier version trains on.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_ID_FIELD_NUMBER: builtins.int
+    plan_id: builtins.str
+    def __init__(
+        self,
+        *,
+        plan_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan_id", b"plan_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Finish: typing_extensions.TypeAlias = Finish
 
 @typing.final
 class Drain(google.protobuf.message.Message):

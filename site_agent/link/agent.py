@@ -55,7 +55,7 @@ class Agent:
         self._keys = Keys.load(home.keys)
         self.site = self._keys.site
         self._journal = Journal(home.agent_log, self.site, echo)
-        self._paused = (home.root / "paused").exists()
+        self._paused = home.paused.exists()
         self._stop = threading.Event()
         self._sources = config.sources(home.root)
         self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
@@ -163,14 +163,7 @@ class Agent:
         plans += [p for e in self._outbox.waiting() for p in e.plans if p not in plans]
         sources = self._config.sources(self._home.root)
         hello = hello_of(sources, plans, self._paused, self._device())
-        self._disclosure.sent(
-            "hello",
-            packages=dict(hello.packages),
-            tasks={task.name: task.digest for task in hello.tasks},
-            plans=plans,
-            device=hello.device,
-            instance=hello.instance,
-        )
+        self._disclosure.hello(hello)
         return hello
 
     def _device(self) -> str:
@@ -188,6 +181,8 @@ class Agent:
                 self._offered(message.plan.plan, message.plan.base)
             case "answer":
                 self._sender.apply(message.answer)
+            case "finish":
+                self._finish(message.finish.plan_id)
             case "cancel":
                 self._cancelled(message.cancel.plan_id, message.cancel.reason)
             case "drain":
@@ -201,7 +196,8 @@ class Agent:
         except FarflungError as error:
             self._journal.error("a plan can't be read", reason=error.message)
             return
-        if self._plans.get(plan.id) is not None:
+        if (open_here := self._plans.get(plan.id)) is not None:
+            self.moved(open_here, open_here.told())  # an orchestrator that comes back asks again
             return
         known = self._plans.outcome(plan.id)
         if known is not None:
@@ -238,6 +234,15 @@ class Agent:
             self._worker.submit(assignment)
         else:
             self.moved(assignment, assignment.leader.told())
+
+    def _finish(self, plan_id: str) -> None:
+        assignment = self._plans.get(plan_id)
+        if assignment is not None and not assignment.finishing:
+            self._journal.info("the deadline is near: what is done is contributed", plan=plan_id)
+            leader = assignment.leader or assignment
+            assignment.finishing = leader.finishing = True
+            reach("plan.finishing")
+            self._worker.finish(leader.plan.id)
 
     def _cancelled(self, plan_id: str, reason: str) -> None:
         assignment = self._plans.get(plan_id)
@@ -365,10 +370,7 @@ class Agent:
             "device": self._device(),
             "tasks": sorted(self._sources),
             "plans": [assignment.facts() for assignment in self._plans.all()],
-            "waiting": [
-                {"contribution": e.digest, "plan": e.header.plan_id, "nbytes": e.index.nbytes}
-                for e in self._outbox.waiting()
-            ],
+            "waiting": [entry.facts() for entry in self._outbox.waiting()],
             "received_bytes": self._fetcher.received_bytes,
             "sent_bytes": self._sender.sent_bytes,
             "network": self._line.facts(),
@@ -376,12 +378,8 @@ class Agent:
         }
 
     def _pause(self, paused: bool) -> None:
-        self._paused = paused
-        mark = self._home.root / "paused"
-        if paused:
-            mark.touch()
-        else:
-            mark.unlink(missing_ok=True)
+        self._paused, mark = paused, self._home.paused
+        mark.touch() if paused else mark.unlink(missing_ok=True)
         self._worker.pause(paused)
         beat = site_pb2.Heartbeat(sequence=0, paused=paused)
         self._stream.say(site_pb2.FromSite(heartbeat=beat))

@@ -78,6 +78,17 @@ class Disclosure:
             return math.nan
         return loss
 
+    def hello(self, hello: site_pb2.Hello) -> None:
+        """Note what the site says of itself when it attaches."""
+        self.sent(
+            "hello",
+            packages=dict(hello.packages),
+            tasks={task.name: task.digest for task in hello.tasks},
+            plans=list(hello.plans),
+            device=hello.device,
+            instance=hello.instance,
+        )
+
     def progress(self, progress: site_pb2.Progress) -> None:
         """Note that a plan was told to be in another state, or to wait for a window."""
         loss = progress.loss if math.isfinite(progress.loss) else None

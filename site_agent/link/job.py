@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,11 @@ from protos.plan import Plan
 from protos.spares import Spares
 from protos.v1 import site_pb2
 from site_agent import pipe
+from site_agent.config import SiteConfig
 from site_agent.home import Home
 from site_agent.link.outbox import Entry
 from site_agent.link.plans import Assignment
+from site_agent.task_source import TaskSource
 
 
 class Ears(Protocol):
@@ -64,6 +67,16 @@ class Job:
         """The plan."""
         return self.assignment.plan
 
+    def preparation(self, sources: Mapping[str, TaskSource], config: SiteConfig) -> pipe.Prepare:
+        """What the trainer is told first: to load the plan's task."""
+        task = self.plan.task.name
+        return pipe.Prepare(
+            job=self.number,
+            plan=self.plan,
+            source=sources[task].text,
+            settings=config.tasks[task].settings,
+        )
+
     def order(self, state: Path | None, home: Home, save: str | float) -> pipe.Perform:
         """What the trainer is told once everything for the work is there.
 
@@ -83,6 +96,12 @@ class Job:
             checkpoint="" if save == "never" else str(home.checkpoint),
             checkpoint_s=save if isinstance(save, float) else None,
         )
+
+    def loaded(self, need_frozen: bool) -> None:
+        """The trainer has loaded the task: from here on it is the base that is waited for, if anything."""
+        self.ready, self.need_frozen = True, need_frozen
+        self.phase = "waiting for the base"
+        self.assignment.prepares(False)
 
     def progress(self, line: pipe.Progress, loss: float) -> site_pb2.Progress:
         """What the trainer said of how far it is, for the orchestrator, and the phase from now on."""

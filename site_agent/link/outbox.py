@@ -16,7 +16,7 @@ import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from google.protobuf.message import DecodeError
 
@@ -80,6 +80,11 @@ class Entry:
     def stateful(self) -> bool:
         """Whether a site's state belongs to it, be there anything in it or not."""
         return self.header.kind == "train"
+
+    def facts(self) -> dict[str, Any]:
+        """The same for the command line."""
+        plan = self.header.plan_id
+        return {"contribution": self.digest, "plan": plan, "nbytes": self.index.nbytes}
 
 
 class Outbox:

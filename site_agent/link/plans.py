@@ -40,6 +40,9 @@ class Assignment:
         unit: See ``done``.
         waits_until: When a window opens that it waits for, Unix time; 0 if it doesn't wait.
         since: When it came, on the monotonic clock.
+        prepared_s: Seconds that it has spent preparing, without the stretch under way.
+        preparing_since: When that began, on the monotonic clock; None while it does not prepare.
+        finishing: The deadline is near, and the orchestrator wants what is done by then.
         cancelled: The orchestrator does not want it any more.
         begun_again: Its trainer was killed from outside, and another one took it up.
         leader: The one whose work this one shares: another attempt of the same work was under way
@@ -53,6 +56,9 @@ class Assignment:
     unit: str = ""
     waits_until: float = 0.0
     since: float = field(default_factory=monotonic)
+    prepared_s: float = 0.0
+    preparing_since: float | None = None
+    finishing: bool = False
     cancelled: bool = False
     begun_again: bool = False
     leader: Assignment | None = None
@@ -63,8 +69,18 @@ class Assignment:
         self.done, self.planned, self.unit = progress.done, progress.planned, progress.unit
         said = site_pb2.Progress()
         said.CopyFrom(progress)
-        said.plan_id = self.plan.id
+        said.plan_id, said.prepared_s = self.plan.id, (self.leader or self).prepared
         return said
+
+    def prepares(self, still: bool) -> None:
+        """The trainer starts or loads the task for it, or does so no more."""
+        self.prepared_s, self.preparing_since = self.prepared, monotonic() if still else None
+
+    @property
+    def prepared(self) -> float:
+        """Seconds that it has spent preparing so far."""
+        since = self.preparing_since
+        return self.prepared_s + (monotonic() - since if since is not None else 0.0)
 
     def told(self) -> site_pb2.Progress:
         """Where it is, once more."""

@@ -89,6 +89,10 @@ class Worker:
         """A plan is not wanted any more."""
         self._inbox.put(lambda: self._cancel(plan_id))
 
+    def finish(self, plan_id: str) -> None:
+        """A plan's training is to end with what is done."""
+        self._inbox.put(lambda: self._finish(plan_id))
+
     def pause(self, paused: bool) -> None:
         """Begin no further plan until told otherwise; the one in work is finished."""
         self._inbox.put(lambda: setattr(self, "_paused", paused))
@@ -147,6 +151,7 @@ class Worker:
         self._jobs += 1
         folder = self._home.work / f"{self._jobs}-{plan.run}-{plan.round}"
         job = self._job = Job(self._jobs, assignment, folder)
+        assignment.prepares(True)
         reach("job.begun")
         self._journal.info("plan begins", plan=plan.id, kind=plan.kind)
         try:
@@ -154,14 +159,7 @@ class Worker:
         except OSError as error:
             self._fail(TaskFailed(f"the trainer can't be started: {error.strerror or error}"))
             return
-        trainer.send(
-            pipe.Prepare(
-                job=job.number,
-                plan=plan,
-                source=self._sources[plan.task.name].text,
-                settings=self._config.tasks[plan.task.name].settings,
-            )
-        )
+        trainer.send(job.preparation(self._sources, self._config))
         reach("job.prepared")
         self._fetcher.keep(plan.frozen)
         self._move(job, site_pb2.Progress.PREPARING)
@@ -250,6 +248,8 @@ class Worker:
         job.performing = True
         self._trainer.send(job.order(state, self._home, self._config.trainer.checkpoint))
         reach("job.performing")
+        if job.assignment.finishing:
+            self._finish(plan.id)
         # Said here: the trainer says how far it is only once it has worked for a while.
         job.phase = "training"
         self._move(job, site_pb2.Progress.TRAINING)
@@ -270,9 +270,8 @@ class Worker:
             return
         match line:
             case pipe.Ready():
-                job.ready, job.need_frozen = True, line.need_frozen
+                job.loaded(line.need_frozen)
                 reach("job.ready")
-                job.phase = "waiting for the base"
                 if job.missing:
                     self._move(job, site_pb2.Progress.FETCHING)
                 self._advance(job)
@@ -345,6 +344,11 @@ class Worker:
 
     # -- ends ------------------------------------------------------------------------------------
 
+    def _finish(self, plan_id: str) -> None:
+        job = self._job
+        if job is not None and job.plan.id == plan_id and job.performing and self._trainer:
+            self._trainer.send(pipe.FinishJob(job=job.number))
+
     def _cancel(self, plan_id: str) -> None:
         job = self._job
         if job is None or job.plan.id != plan_id:
@@ -382,6 +386,7 @@ class Worker:
         self._end(job)
 
     def _end(self, job: Job) -> None:
+        job.assignment.prepares(False)
         if job.timer is not None:
             job.timer.cancel()
         shutil.rmtree(job.folder, ignore_errors=True)

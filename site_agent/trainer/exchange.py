@@ -155,6 +155,7 @@ class Exchange:
             examples=fitted.examples,
             steps=fitted.steps,
             epochs=fitted.epochs,
+            partial=fitted.partial,
             metrics=metrics,
             state=self._next_state(strategies, fitted),
         )

@@ -42,10 +42,11 @@ class Fitted:
     Attributes:
         state: State of the strategies.
         optimizer: The inner optimizer, with its state.
-        examples: Training examples at the site.
+        examples: Training examples at the site; of partial work, its share of them (`share_of`).
         steps: Steps made.
         epochs: Passes made over the data.
         losses: Mean loss of the first and of the last pass (the whole round if it is shorter).
+        partial: It was cut before all of the work was done.
     """
 
     state: State
@@ -54,6 +55,15 @@ class Fitted:
     steps: int
     epochs: float
     losses: tuple[float, float]
+    partial: bool = False
+
+
+def share_of(examples: int, progress: float) -> int:
+    """The weight of partial work: the examples times the part of the work that was done, 1 at least.
+
+    Nothing done would weigh nothing, as if the site were missing; all of it weighs what it always does.
+    """
+    return max(1, round(examples * min(1.0, progress)))
 
 
 @dataclass
@@ -113,7 +123,8 @@ def fit(
     """Train the loaded model as a plan says.
 
     With checkpoints it goes on where the same work was saved half-way, to the same bits on a CPU.
-    A task's own loop begins anew.
+    A task's own loop begins anew. If the link has had enough (`Watch.enough`) it ends behind a step, with
+    what is done, but not before the first one.
 
     Args:
         work: Task and model; the model holds what was adopted of the base.
@@ -183,7 +194,11 @@ def fit(
 
     work.model.train()
     report()
-    while not pace.finished():
+
+    def ends() -> bool:
+        return pace.finished() or (watch.enough and pace.steps > 0)
+
+    while not ends():
         seed_epoch(plan, pace.epoch)
         reach("train.epoch.begun")
         steps_before = pace.steps - pace.in_epoch
@@ -220,7 +235,7 @@ def fit(
             reach("train.stepped")
             if watch.due:
                 report()
-            if pace.finished():
+            if ends():
                 break
             save(epoch_ended=False)
         else:
@@ -230,17 +245,21 @@ def fit(
             reach("train.epoch.ended")
             save(epoch_ended=True)
         resumed = None
+    partial, progress = not pace.finished(), pace.progress
     work.device.synchronize()
     losses.look()
     report()
+    if batches.examples is not None:  # else it is a stream, and what was seen of it is counted
+        examples = share_of(batches.examples, progress) if partial else batches.examples
     passed = min(batches.per_epoch or pace.steps, pace.steps)
     return Fitted(
         state=state,
         optimizer=optimizer,
-        examples=batches.examples if batches.examples is not None else examples,
+        examples=examples,
         steps=pace.steps,
         epochs=pace.epochs,
         losses=(losses.mean(0, passed), losses.mean(pace.steps - passed, pace.steps)),
+        partial=partial,
     )
 
 
@@ -275,9 +294,20 @@ def _rest(
 
 def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:
     """The task's own loop, within the same cycle, seeds and report."""
+    data = work.loaded.dataset("train")
+    if data is None:
+        raise TaskFailed(f"site {work.site}: the task has no training data")
+    told, progress = False, 0.0
+
+    def enough() -> bool:
+        nonlocal told
+        told = told or watch.enough
+        return told
 
     def report(done: float, loss: float) -> None:
+        nonlocal progress
         watch.check()
+        progress = done / plan.work.amount
         if not math.isfinite(loss):
             raise TaskFailed(f"site {work.site}: the loss became {loss}", site=work.site)
         if watch.due:
@@ -289,7 +319,7 @@ def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:
                     planned=plan.work.amount,
                     unit=plan.work.unit,
                     loss=loss,
-                    learning_rate=learning_rate(plan.schedule, min(1.0, done / plan.work.amount)),
+                    learning_rate=learning_rate(plan.schedule, min(1.0, progress)),
                 )
             )
 
@@ -299,20 +329,23 @@ def _by_task(work: Workload, plan: Plan, state: State, watch: Watch) -> Fitted:
         Training(
             plan=plan,
             model=work.model,
-            data=work.task.train_data(),
+            data=data,
             device=work.device.torch,
             rate=lambda u: learning_rate(plan.schedule, u),
             report=report,
+            enough=enough,
         )
     )
     work.device.synchronize()
+    partial = told and progress < 1.0
     return Fitted(
         state=state,
         optimizer=make_optimizer(plan.optimizer, work.model, plan.schedule.lr),
-        examples=trained.examples,
+        examples=share_of(trained.examples, progress) if partial else trained.examples,
         steps=trained.steps,
         epochs=trained.epochs,
         losses=(trained.loss, trained.loss),
+        partial=partial,
     )
 
 

@@ -102,6 +102,7 @@ class Contribution:
         examples: See `Header`.
         steps: See `Header`.
         epochs: See `Header`.
+        partial: See `Header`.
         metrics: See `Header`.
         seconds: See `Header`.
         task_digest: See `Header`.
@@ -116,6 +117,7 @@ class Contribution:
     examples: int = 0
     steps: int = 0
     epochs: float = 0.0
+    partial: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     task_digest: str = ""
@@ -167,6 +169,7 @@ class Contribution:
             examples=self.examples,
             steps=self.steps,
             epochs=self.epochs,
+            partial=self.partial,
             metrics=self.metrics,
             seconds=self.seconds,
             task_digest=self.task_digest,

@@ -16,6 +16,7 @@ from site_agent.pipe import (
     CancelJob,
     Cancelled,
     Done,
+    FinishJob,
     Line,
     Perform,
     Prepare,
@@ -50,6 +51,7 @@ class Server:
         self._inbox: queue.SimpleQueue[Prepare | Perform | Quit] = queue.SimpleQueue()
         self._writing = threading.Lock()
         self._cancelled: dict[int, threading.Event] = {}
+        self._finishing: dict[int, threading.Event] = {}
         self._task: LoadedTask | None = None
         self._work: Workload | None = None
         self._job: tuple[Prepare, Clock] | None = None
@@ -68,7 +70,7 @@ class Server:
                 else:
                     self._perform(order)
             except JobCancelled:
-                self._cancelled.pop(order.job, None)
+                self._forget(order.job)
                 self._tell(Cancelled(job=order.job))
             except BaseException as error:  # noqa: BLE001  # a task may raise anything, also SystemExit
                 traceback.print_exc(file=sys.stderr)
@@ -91,6 +93,7 @@ class Server:
                 self._work = Workload(
                     self._site, self._task, order.plan, self._device, self._workers
                 )
+            self._task.load(order.plan.kind)
             have = self._work.has_frozen(order.plan.frozen)
         watch.check()
         reach("prepare.loaded")
@@ -121,15 +124,18 @@ class Server:
         )
         header, index = exchange.perform()
         reach("perform.done")
-        self._cancelled.pop(order.job, None)
+        self._forget(order.job)
         self._tell(Done(job=order.job, header=header, index=index.encoded.decode()))
         reach("perform.told")
 
     def _watch(self, job: int) -> Watch:
-        return Watch(job, self._tell, self._event(job))
+        cancelled = self._cancelled.setdefault(job, threading.Event())
+        finishing = self._finishing.setdefault(job, threading.Event())
+        return Watch(job, self._tell, cancelled, finishing)
 
-    def _event(self, job: int) -> threading.Event:
-        return self._cancelled.setdefault(job, threading.Event())
+    def _forget(self, job: int) -> None:
+        self._cancelled.pop(job, None)
+        self._finishing.pop(job, None)
 
     # -- pipe ------------------------------------------------------------------------------------
 
@@ -138,7 +144,10 @@ class Server:
             for line in lines:
                 order = read_order(line)
                 if isinstance(order, CancelJob):
-                    self._event(order.job).set()
+                    self._cancelled.setdefault(order.job, threading.Event()).set()
+                elif isinstance(order, FinishJob):
+                    self._finishing.setdefault(order.job, threading.Event()).set()
+                    reach("finish.heard")
                 else:
                     self._inbox.put(order)
         # The link is gone: nobody is left to train for.

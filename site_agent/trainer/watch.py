@@ -1,4 +1,4 @@
-"""What a job tells the link while it runs, and whether the link still wants it."""
+"""What a job tells the link while it runs, and what the link wants of it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Watch:
         job: Its number.
         tell: Sends a line.
         cancelled: Set when the link cancels the job.
+        finishing: Set when the link wants what is done, and no more.
         began: When the job began, on the monotonic clock; now by default.
     """
 
@@ -34,10 +35,12 @@ class Watch:
         job: int,
         tell: Callable[[Progress], None],
         cancelled: threading.Event | None = None,
+        finishing: threading.Event | None = None,
         began: float | None = None,
     ) -> None:
         self.job, self._tell = job, tell
         self._cancelled = cancelled or threading.Event()
+        self._finishing = finishing or threading.Event()
         self._began = monotonic() if began is None else began
         self._last = float("-inf")
 
@@ -49,6 +52,11 @@ class Watch:
         """
         if self._cancelled.is_set():
             raise JobCancelled
+
+    @property
+    def enough(self) -> bool:
+        """Whether to end here, between two steps, with what is done."""
+        return self._finishing.is_set()
 
     @property
     def due(self) -> bool:

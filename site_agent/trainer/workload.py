@@ -47,6 +47,12 @@ class LoadedTask:
             self._datasets[which] = getattr(self.task, f"{which}_data")()
         return self._datasets[which]
 
+    def load(self, kind: str) -> None:
+        """Read the data that a kind of plan needs: a site that reads them is still preparing."""
+        which = {"train": ("train",), "init": ()}.get(kind, ("val", "test"))
+        for name in which:
+            self.dataset(name)
+
     @staticmethod
     def key_of(order: Prepare) -> str:
         """Equal for orders that the same instance serves: source, parameters and settings.

@@ -113,6 +113,46 @@ def test_a_whole_round(site: Site) -> None:
     assert site_pb2.Progress.PREPARING in states
 
 
+def test_a_plan_that_is_to_finish_is_contributed_with_what_is_done(site: Site) -> None:
+    plan = site.plan(params={"trouble": "slow"}, work=Work(steps=300))  # a minute of it
+    site.orchestrator.offer(plan)
+    site.orchestrator.until(lambda: site.is_training(plan), "training")
+    site.orchestrator.push(finish=site_pb2.Finish(plan_id="another/1/1/train"))
+    site.orchestrator.push(finish=site_pb2.Finish(plan_id=plan.id))
+    site.orchestrator.push(finish=site_pb2.Finish(plan_id=plan.id))  # as after an attach
+    header = site.orchestrator.contribution(plan)[0]
+    assert header.partial
+    assert 1 <= header.steps < 300
+    assert header.examples == max(1, round(40 * header.steps / 300))
+
+
+def test_a_plan_that_is_to_finish_before_it_begins_does_one_step(site: Site) -> None:
+    first = site.plan(params={"trouble": "slow"}, work=Work(steps=10))
+    second = site.plan(params={"trouble": "slow"}, work=Work(steps=300))
+    site.orchestrator.offer(first)
+    site.orchestrator.offer(second)
+    site.orchestrator.push(finish=site_pb2.Finish(plan_id=second.id))
+    assert not site.orchestrator.contribution(first)[0].partial
+    header = site.orchestrator.contribution(second)[0]
+    assert (header.partial, header.steps, header.examples) == (True, 1, 1)
+
+
+def test_a_plan_that_is_offered_again_is_told_of_again(site: Site) -> None:
+    """An orchestrator that was restarted has forgotten where it is, and how long it prepared."""
+    plan = site.plan(params={"trouble": "slow"}, work=Work(steps=10))
+    site.orchestrator.offer(plan)
+    site.orchestrator.until(lambda: site.is_training(plan), "training")
+    before = len(site.orchestrator.said)
+    site.orchestrator.offer(plan)
+
+    def told() -> bool:
+        later = (m.progress for m in site.orchestrator.said[before:])
+        return any(p.plan_id == plan.id and p.prepared_s > 0 for p in later)
+
+    site.orchestrator.until(told, "progress")
+    site.orchestrator.contribution(plan)
+
+
 def test_a_small_base_comes_with_its_plan_and_is_not_fetched(site: Site) -> None:
     plan = site.plan(seed=101)
     again = plan.model_copy(update={"attempt": 2})

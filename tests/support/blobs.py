@@ -2,7 +2,8 @@
 
 ``Settings.switches`` is a folder of the test's. A file ``fault`` in it names what goes wrong in the
 next step of training, at a site or of a plug-in at the orchestrator; a file ``gate`` holds training
-until it is gone (``reached`` says that it waits); every training step adds a line to ``steps``.
+until it is gone (``reached`` says that it waits); a file ``slow`` says how many seconds a step takes
+more, one ``loading`` how many the task does; every training step adds a line to ``steps``.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ class Blobs(Task):
         return TensorDataset(inputs, targets)
 
     def train_data(self) -> Dataset[Any]:
+        loading = Path(self.settings.switches) / "loading"
+        if self.settings.switches and loading.exists():
+            time.sleep(float(loading.read_text()))
         data = self._data(10 + self.settings.part, self.params.samples)
         return OneByOne(data) if self.params.one_by_one else data
 
@@ -136,6 +140,8 @@ def _obey(switches: Path, model: nn.Module) -> None:
         (switches / "reached").touch()
         while (switches / "gate").exists():
             time.sleep(0.02)  # what a slow site does; the test waits for `reached`
+    if (slow := switches / "slow").exists():
+        time.sleep(float(slow.read_text()))
     what = fault_of(switches)
     if what == "segfault":
         ctypes.string_at(0)

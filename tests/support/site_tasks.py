@@ -171,4 +171,7 @@ class OwnLoop(Clouds):
                 for parameter, gradient in zip(training.model.parameters(), gradients, strict=True):
                     parameter -= training.rate(step / steps) * gradient
             training.report(step + 1, float(loss.detach()))
+            if training.enough():
+                steps = step + 1
+                break
         return Trained(len(targets), steps, float(steps), float(loss.detach()))

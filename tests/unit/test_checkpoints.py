@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,29 @@ def switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def steps(switches: Path) -> int:
     trace = switches / faults.TRACE
-    return trace.read_text().splitlines().count("trainer train.stepped")
+    lines = (line.rsplit(" ", 1)[0] for line in trace.read_text().splitlines())
+    return sum(line == "trainer train.stepped" for line in lines)
 
 
 def perform(
-    folder: Path, plan: Plan, name: str, every_s: float | None = EVERY_STEP_S, **settings: Any
+    folder: Path,
+    plan: Plan,
+    name: str,
+    every_s: float | None = EVERY_STEP_S,
+    enough: bool = False,
+    **settings: Any,
 ) -> tuple[Header, Path]:
     base, manifest, _ = base_of(folder, plan)
     plan = plan.model_copy(update={"manifest": manifest.digest})
     out = folder / name
     checkpoint = folder / "checkpoint.safetensors"
+    finishing = threading.Event()
+    if enough:
+        finishing.set()
     exchange = Exchange(
         workload_of(plan, **settings),
         plan,
-        Watch(1, lambda _: None),
+        Watch(1, lambda _: None, finishing=finishing),
         Clock(),
         base,
         None,
@@ -140,6 +150,15 @@ def test_other_work_does_not_go_on_from_it(tmp_path: Path, switches: Path) -> No
     before = steps(switches)
     perform(tmp_path, again, "again")
     assert steps(switches) - before == 6
+
+
+def test_what_was_saved_is_enough_if_the_deadline_is_near(tmp_path: Path, switches: Path) -> None:
+    plan = plan_of(work=Work(epochs=2))
+    cut_off(tmp_path, switches, plan, "train.stepped", 5)
+    before = steps(switches)
+    header, _ = perform(tmp_path, plan, "partial", enough=True)
+    assert steps(switches) == before
+    assert (header.partial, header.steps, header.examples) == (True, 4, 16)
 
 
 def test_what_is_damaged_is_not_believed(tmp_path: Path, switches: Path) -> None:

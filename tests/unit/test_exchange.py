@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.exchange import Exchange, Gathered
+from orchestrator.exchange import Exchange, Gathered, Terms
 from orchestrator.ledger import ContributionRow, PlanRow, RoundRow
 from orchestrator.sessions import Session, Sessions
 from protos.v1 import site_pb2
@@ -52,6 +52,7 @@ class Table:
         bench.ledger.plan_round(RoundRow("r", 1, 1, quorum=2), self.rows)
         bench.board.begin("r", 1, 1, [row.site for row in self.rows])
         self.plan_id = self.rows[0].id
+        self.patience_s, self.leads = 0.0, dict[str, float]()
         self._done: list[Gathered] = []
 
     def attach(self, site: str) -> Session:
@@ -66,7 +67,8 @@ class Table:
         self.inbox = Inbox(self.exchange)
 
         def run() -> None:
-            self._done.append(self.exchange.gather(self.rows, quorum, seconds, base))
+            terms = Terms(quorum, seconds, self.patience_s, self.leads)
+            self._done.append(self.exchange.gather(self.rows, terms, base))
             self.inbox.idle.set()
 
         thread = threading.Thread(target=run)
@@ -311,3 +313,57 @@ def test_who_is_missing_is_told_that_it_is_over(table: Table) -> None:
     table.exchange.cancel(table.rows, ["south", "east"], "the round was closed")
     assert table.told("north") == []
     assert table.told("south") == ["cancel"]
+
+
+def finish_of(table: Table, site: str) -> list[str]:
+    """The plans that a site was told to finish."""
+    session = table.session[site]
+    session.end()
+    return [m.finish.plan_id for m in session.outgoing() if m.WhichOneof("kind") == "finish"]
+
+
+def test_sites_are_told_to_finish_and_again_when_they_come_back(table: Table) -> None:
+    table.leads = dict.fromkeys(("east", "north", "south"), 2 * HOUR)  # at once
+    thread = table.gather(quorum=3)
+    south, table.session["south"] = table.session["south"], table.attach("south")
+    assert table.still_waits(thread)
+    table.count("north")
+    table.exchange.interrupt()
+    table.result(thread)
+    south.end()
+    told = [m.finish.plan_id for m in south.outgoing() if m.WhichOneof("kind") == "finish"]
+    for plans in (told, finish_of(table, "south"), finish_of(table, "north")):
+        assert set(plans) == {table.plan_id}
+    assert "site north is asked for what it has done: the deadline is near" in table.bench.notes
+
+
+def test_nobody_is_told_to_finish_where_partial_work_is_not_taken(table: Table) -> None:
+    thread = table.gather(seconds=0.0)
+    table.result(thread)
+    assert finish_of(table, "north") == []
+
+
+def test_a_site_that_prepares_is_waited_for_behind_the_deadline(table: Table) -> None:
+    table.patience_s = HOUR
+    for site in ("east", "north"):
+        table.count(site)
+    table.exchange._plan_id = table.plan_id
+    thread = table.gather(seconds=0.5)
+    said = site_pb2.Progress(plan_id=table.plan_id, loss=float("nan"), prepared_s=100.0)
+    table.exchange.progress("south", table.plan_id, "preparing", said)
+    table.exchange.progress("south", table.plan_id, "training", said)
+    thread.join(1.0)
+    assert table.still_waits(thread)
+    table.count("south")
+    assert table.result(thread).decision.reason == "every site answered"
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300])
+def test_what_a_site_says_of_its_preparing_is_bounded(table: Table, seconds: float) -> None:
+    for site in ("east", "north"):
+        table.count(site)
+    table.patience_s = 0.2
+    thread = table.gather(seconds=0.1)
+    said = site_pb2.Progress(plan_id=table.plan_id, loss=float("nan"), prepared_s=seconds)
+    table.exchange.progress("south", table.plan_id, "training", said)
+    assert table.result(thread).decision.kind == "close"

@@ -144,3 +144,87 @@ def test_missing_sites_are_named_with_what_is_known() -> None:
 
 def test_nobody_to_wait_for() -> None:
     assert kind(gathering(quorum=1, sites="")) == "abandon"
+
+
+# -- preparing ------------------------------------------------------------------------------------
+
+
+def patient(**leads: float) -> Gathering:
+    """A deadline at 200, and up to 50 seconds of preparing that do not count."""
+    members = {site: Member(lead_s=leads.get(site)) for site in "abc"}
+    return Gathering(1, 200.0, 10.0, members, 50.0)
+
+
+def test_preparing_does_not_run_against_a_site() -> None:
+    machine = patient().counted("a").counted("b").prepares("c", 100.0, still=True)
+    machine = machine.prepares("c", 130.0, still=False)
+    assert machine.decide(200.0) == Decision("wait", "", 230.0)
+    assert machine.decide(230.0) == Decision("close", "the deadline passed")
+
+
+def test_who_still_prepares_at_the_deadline_is_waited_for_up_to_a_bound() -> None:
+    machine = patient().counted("a").counted("b").prepares("c", 190.0, still=True)
+    assert machine.decide(200.0) == Decision("wait", "", 250.0)
+    assert kind(machine, 250.0) == "close"
+    assert machine.prepares("c", 215.0, still=False).decide(215.0).wake_at == 225.0
+
+
+def test_who_begins_to_prepare_behind_its_deadline_is_too_late() -> None:
+    machine = patient().prepares("a", 0.0, True).prepares("a", 10.0, False)
+    assert kind(machine.counted("b").counted("c").prepares("a", 210.0, True), 210.0) == "close"
+
+
+def test_the_site_knows_what_a_restart_forgot() -> None:
+    machine = patient().counted("a").counted("b").prepares("c", 150.0, False, said_s=40.0)
+    assert machine.decide(200.0).wake_at == 240.0
+    assert machine.prepares("c", 160.0, False, said_s=3.0) == machine  # it began anew
+    assert machine.prepares("c", 160.0, False, said_s=1e9).decide(200.0).wake_at == 250.0
+
+
+def test_who_is_gone_does_not_prepare() -> None:
+    machine = patient().counted("a").counted("b").prepares("c", 100.0, True).gone("c", 105.0)
+    assert machine.members["c"].prepared_s == 5.0
+    assert machine.prepares("c", 106.0, True).members["c"].preparing_since is None
+    assert kind(machine, 115.0) == "close"  # the grace, as of anybody
+
+
+def test_others_come_in_time_while_one_is_waited_for() -> None:
+    machine = patient().counted("a").prepares("c", 0.0, True).prepares("c", 20.0, False)
+    assert kind(machine, 210.0) == "wait"
+    assert kind(machine.counted("b").counted("c"), 210.0) == "close"
+    gone = machine.gone("c", 205.0)
+    assert gone.decide(206.0).wake_at == 215.0  # b's time is over, c's grace is not
+    assert kind(gone, 215.0) == "close"
+
+
+# -- partial work ---------------------------------------------------------------------------------
+
+
+def test_a_site_is_told_once_to_finish_before_its_deadline() -> None:
+    machine = patient(a=30.0, b=20.0)
+    assert machine.decide(169.0) == Decision("wait", "", 170.0)
+    decision = machine.decide(170.0)
+    assert (decision.kind, decision.finish) == ("wait", ("a",))
+    machine = machine.told(decision.finish)
+    assert machine.decide(170.0) == Decision("wait", "", 180.0)
+    assert machine.decide(185.0).finish == ("b",)
+    assert machine.told(("b",)).decide(185.0) == Decision("wait", "", 200.0)
+
+
+def test_who_comes_back_is_told_again_and_who_is_gone_is_not() -> None:
+    machine = patient(a=30.0).told(("a",))
+    assert machine.back("a").decide(175.0).finish == ("a",)
+    assert patient(a=30.0).gone("a", 100.0).decide(175.0).finish == ()
+
+
+@pytest.mark.parametrize("answer", ["counted", "failed"])
+def test_who_has_answered_has_nothing_to_finish(answer: str) -> None:
+    machine = patient(a=30.0)
+    done = machine.counted("a") if answer == "counted" else machine.failed("a", "died")
+    assert done.decide(175.0).finish == ()
+
+
+def test_preparing_puts_off_when_a_site_is_told() -> None:
+    machine = patient(a=30.0).prepares("a", 0.0, True).prepares("a", 12.0, False)
+    assert machine.decide(170.0) == Decision("wait", "", 182.0)
+    assert machine.decide(182.0).finish == ("a",)

@@ -147,7 +147,7 @@ class Hall:
                 "schedule": Schedule(lr=0.1),
             }
             self.plans[site] = Plan(**{**fields, **more})
-        row = RoundRow("r", number, attempt, base=self.base)
+        row = RoundRow(more.get("run", "r"), number, attempt, base=self.base)
         self.bench.ledger.plan_round(
             row, [plan_row(p) for p in self.plans.values()], abandoning=abandoning
         )
@@ -496,6 +496,7 @@ def test_side_payloads_are_finite_too(hall: Hall, dtype: torch.dtype) -> None:
         ({"index": "7" * 64}, "the index is not the one that the header names"),
         ({"manifest": "7" * 64}, "index and header name different manifests"),
         ({"codec": "half", "blocks": (1, 2)}, "2 blocks for 5 tiles"),
+        ({"partial": True}, "it is partial work, which the run does not take"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -507,6 +508,13 @@ def test_a_header_that_does_not_fit_the_plan(
     with pytest.raises(FarflungError, match=what):
         hall.intake.announce(hall.north.caller, head)
     refused(hall, head, data)
+
+
+def test_partial_work_counts_where_the_run_takes_it(hall: Hall) -> None:
+    hall.bench.run("p", cohort="{partial = true}")
+    plan, data = hall.open(run="p"), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest, partial=True)
+    assert hall.send(head, data).verdict == common_pb2.Answer.COUNTED
 
 
 @pytest.mark.parametrize("shape", [(399_999,), (400_001,), (200_000, 2)])

@@ -30,6 +30,10 @@ function domainOf(round, now) {
 }
 
 function doneWords(row) {
+  if (row.partial)
+    return row.done === null
+      ? "partial"
+      : `partial: ${plain(row.done)} of ${plain(row.planned)} ${row.unit}`;
   // What was counted is complete, whatever was last heard of its progress.
   if (row.state === "counted" && row.planned) return `${plain(row.planned)} ${row.unit}`;
   if (row.done === null) return "";
@@ -248,6 +252,7 @@ export class WorkTable {
       "done",
       "planned",
       "unit",
+      "partial",
       "loss",
       "examples",
       "examples/s",
@@ -263,6 +268,7 @@ export class WorkTable {
       r.done,
       r.planned,
       r.unit,
+      r.partial,
       r.loss,
       r.examples,
       r.examples_per_s,

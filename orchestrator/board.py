@@ -138,6 +138,12 @@ class Board:
         with self._lock:
             return tuple(self._rows[s].view(now) for s in sorted(self._rows))
 
+    def state(self, site: str) -> WorkState | None:
+        """Where a site is; None if it is not in the round."""
+        with self._lock:
+            row = self._rows.get(site)
+            return None if row is None else row.state
+
     def set_state(self, site: str, state: WorkState, error: str = "", reason: str = "") -> None:
         """A site entered a state."""
         with self._lock:

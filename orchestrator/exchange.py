@@ -291,6 +291,8 @@ class Exchange:
         """Tell sites that the deadline is near."""
         message = site_pb2.ToSite(finish=site_pb2.Finish(plan_id=self._plan_id))
         for site in sites:
+            if self._board.state(site) in ("encoding", "sending"):
+                continue  # it has finished
             if self.sessions is not None and self.sessions.send(site, message):
                 text = f"site {site} is asked for what it has done: the deadline is near"
                 self._note("info", site, text)

@@ -215,6 +215,13 @@ def probe(address: str, folder: Path, site: str, server_name: str = "") -> Farfl
                 "operator add the name to listen.hosts",
                 address=address,
             )
+        if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
+            return NotEnrolled(
+                f"orchestrator {address}: {error.verify_message}, by this machine's clock "
+                f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC); one of the two clocks is wrong, or the "
+                "daemon has run for more than a year",
+                address=address,
+            )
         return NotEnrolled(
             f"orchestrator {address}: its certificate is from another authority than this site's "
             f"federation ({error.verify_message}); is the address right, or was the orchestrator "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sysconfig
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from site_agent.pipe import Failed
 
 OURS = {Path(__file__).parents[2] / name for name in ("site_agent", "strategies", "protos")}
 """Folders whose code writes messages of tensors, keys and versions only."""
+
+STANDARD = Path(sysconfig.get_path("stdlib"))
 
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _TOO_BIG = ("can't allocate memory", "out of memory", "cannot allocate memory", "bad_alloc")
@@ -57,8 +60,11 @@ def what_the_system_said(error: BaseException) -> str:
 def is_out_of_shared_memory(error: BaseException) -> bool:
     """Whether a loader's process could not hand a batch on: torch and the kernel say it in these ways."""
     text = str(error).lower()
+    frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, RuntimeError | OSError) and (
         "shared memory" in text
+        # A lock between processes lies in /dev/shm too.
+        or ("no space left" in text and any("multiprocessing" in f.filename for f in frames))
         or ("torch_" in text and "no space left" in text)
         or ("dataloader worker" in text and "bus error" in text)
     )
@@ -74,11 +80,15 @@ def is_device_lost(error: BaseException) -> bool:
 
 def _place(frames: traceback.StackSummary) -> str:
     """file.py:line of the innermost frame that is neither ours nor a library's."""
-    own = [f for f in frames if not _is_ours(f.filename) and "site-packages" not in f.filename]
+    own = [f for f in frames if not _is_ours(f.filename) and not _is_library(f.filename)]
     own = [f for f in own if not f.filename.startswith("<")] or list(frames)
     if not own:
         return ""
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+
+
+def _is_library(filename: str) -> bool:
+    return "site-packages" in filename or STANDARD in Path(filename).parents
 
 
 def _is_ours(filename: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -49,12 +49,13 @@ class Authority:
         life: timedelta = DAY,
         federation: str = "",
         hosts: tuple[str, ...] = (),
+        now: datetime | None = None,
     ) -> tuple[Key, x509.Certificate]:
         """A key and a certificate for it."""
         key = new_key()
         identity = Identity(federation or self.federation, role, name)
         pair = (self.key, self.certificate)
-        return key, issue(pair, key.public_key(), identity, life, hosts)
+        return key, issue(pair, key.public_key(), identity, life, hosts, now)
 
     def pems(self, name: str, role: Role = "site", **more: str) -> tuple[bytes, bytes]:
         """The same as text: (key, certificate)."""

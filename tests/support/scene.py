@@ -38,10 +38,10 @@ def without(field: Field, run: str, site: str, *words: str) -> list[Round]:
     assert told.code == INCOMPLETE
     listed, shown = farflung(field.federation, "rounds", run).text, page(field.federation, run)
     for word in words:
-        assert word in rounds[0].missing[site]
-        assert word in told.text
-        assert word in listed
-        assert word in shown
+        assert word in rounds[0].missing[site], rounds[0].missing
+        assert word in told.text, told.text
+        assert word in listed, listed
+        assert word in shown, shown
     counted = {row.site for row in rounds[0].sites if row.state == "counted"}
     assert counted == set(SITES) - {site}
     return rounds

@@ -45,3 +45,9 @@ def test_the_cause_is_named_and_no_data(tmp_path: Path, error: Exception, words:
     assert words in told
     assert "test_failures.py:" in told
     assert "4711" not in told
+
+
+def test_the_place_is_the_tasks_and_not_the_librarys(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "patient-4711").read_bytes()
+    assert describe(1, raised.value).where.startswith("test_failures.py:")

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -23,9 +24,11 @@ def ours() -> Authority:
 
 
 @pytest.fixture
-def address(ours: Authority) -> Iterator[str]:
-    """An orchestrator's server, as far as TLS goes."""
-    key, certificate = ours.leaf("orchestrator", "orchestrator", hosts=("127.0.0.1",))
+def address(ours: Authority, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An orchestrator's server, as far as TLS goes; with a parameter, one of so many days from now."""
+    now = datetime.now(UTC) + timedelta(days=getattr(request, "param", 0))
+    hosts = ("127.0.0.1",)
+    key, certificate = ours.leaf("orchestrator", "orchestrator", hosts=hosts, now=now)
     pair = (key_pem(key), certificate_pem(certificate))
     server = grpc.server(ThreadPoolExecutor(1))
     credentials = grpc.ssl_server_credentials([pair], ours.pem, require_client_auth=True)
@@ -63,6 +66,14 @@ def test_a_stranger_in_the_orchestrators_place_is_named(
     found = probe(address, keys(tmp_path, Authority(), ours), "north")
     assert type(found) is NotEnrolled
     assert "from another authority" in found.message
+
+
+@pytest.mark.parametrize("address", [-2, 2], indirect=True)
+def test_clocks_that_do_not_agree_are_named(tmp_path: Path, ours: Authority, address: str) -> None:
+    found = probe(address, keys(tmp_path, ours, ours), "north")
+    assert type(found) is NotEnrolled
+    assert "one of the two clocks is wrong" in found.message
+    assert "another authority" not in found.message
 
 
 def test_a_line_that_breaks_in_the_handshake_blames_no_certificate(

@@ -274,8 +274,10 @@ class Arena:
             else:
                 struck = federation.struck(end.name)
                 if not struck and case.roused and now >= end.due:
+                    end.due, end.mark = inf, federation.trace_bytes(end.name)
                     out.kills += self._rouse(end)
-                    end.due = now + ROUSE_S + seen.seconds
+                elif end.due == inf and federation.traced(end.name, case.process, end.mark):
+                    end.due = now + ROUSE_S + seen.seconds  # it is back, and may still get there
             gone = end.roused > ROUSED_MOST if case.roused else done > end.since + PATIENCE
             if struck:
                 out.struck.append(case)

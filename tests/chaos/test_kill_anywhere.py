@@ -31,7 +31,7 @@ def field(real: Field) -> Iterator[Field]:
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_links_and_a_trainer_that_are_killed_in_a_run_change_no_bit(field: Field) -> None:
     """A daemon is killed in tests/integration/test_rounds.py, and in the slow test below."""
     draw = random.Random(3)

@@ -50,6 +50,8 @@ CLOCK_S = 10.0
 FULL = ("disk", "does not fit", "free at this site", "No space left")
 """What a run says that was paused because a disk was full."""
 DISK_BYTES = 192 << 20
+CALM_ROUNDS = 8
+"""Without faults, before the storm and after it: other work of the machine is then about the same."""
 ROUNDS = 10_000
 """More than any storm has."""
 
@@ -106,7 +108,7 @@ class Outcome:
         gale: The storm itself.
         seed: Of it.
         calm_rate: Rounds an hour without faults.
-        rounds: Committed in all: also the first one, and that under way at the storm's end.
+        rounds: Committed in all, with those before and after the storm.
         replayed: Rounds that were computed again to the same digests.
         part: Share of the asked sites that took part, in the round with the fewest.
         unassessed: Rounds whose model was not assessed by all of them.
@@ -135,7 +137,7 @@ class Outcome:
         return (
             not self.gale.why
             and not self.problems
-            and self.gale.rounds > 0
+            and self.rounds > 0
             and self.replayed == self.rounds
             and self.part >= LEAST_PART
             and self.identical
@@ -217,7 +219,7 @@ class Storm:
         return gale
 
     def calm(self, run: str) -> None:
-        """The end of it: everything is mended, the round under way is finished, the run stopped."""
+        """The end of it: everything is mended."""
         federation = self._federation
         self._agenda.clear()
         for end in ENDS:
@@ -232,9 +234,6 @@ class Storm:
         federation.await_that(self._answers, "a daemon", STUCK_S)
         federation.await_sites(SITES)
         self._tend(run)
-        if federation.state(run)[0] == "running":
-            federation.client.stop(run)
-            federation.wait(run, STUCK_S)
 
     def _answers(self) -> bool:
         try:
@@ -275,6 +274,9 @@ class Storm:
 
     def _strike(self) -> None:
         self._soon(self._draw.expovariate(1 / self._every_s), self._strike)
+        self._one()
+
+    def _one(self) -> None:
         self._todo[self._draw.choice(self._kinds)]()
 
     def _count(self, kind: str, where: str, seconds: float = 0.0) -> None:
@@ -313,6 +315,7 @@ class Storm:
     def _arm(self, end: str, kind: str, fault: Fault) -> bool:
         """Have something go wrong when a process gets somewhere; one thing at a time at an end."""
         if end in self._armed:
+            self._one()
             return False
         self._armed[end] = kind
         self._federation.fail(end, fault)
@@ -321,6 +324,7 @@ class Storm:
             if self._armed.get(end) is kind and self._federation.forgive(end):
                 del self._armed[end]
                 self._rotting.pop(end, None)
+                self._one()  # it was not to be; another one in its place
 
         self._soon(ARMED_S, forgive)
         return True
@@ -438,7 +442,12 @@ def launched(ground: Field, seed: int) -> str:
 
 
 def storm(
-    root: Path, minutes: float, rate: float, seed: int, kinds: tuple[Kind, ...] = ()
+    root: Path,
+    minutes: float,
+    rate: float,
+    seed: int,
+    kinds: tuple[Kind, ...] = (),
+    calm_rounds: int = CALM_ROUNDS,
 ) -> Outcome:
     """The storm, and what survived.
 
@@ -448,26 +457,35 @@ def storm(
         rate: Faults an hour.
         seed: Of faults and run.
         kinds: Which faults; all that this machine can do by default.
+        calm_rounds: How many before the storm and after it.
     """
-    stormy = ground_at(root / "stormy", True)
+    stormy, models = ground_at(root / "stormy", True), dict[int, str]()
     federation = stormy.federation
     with federation:
         blowing = Storm(stormy, rate, seed, kinds)
         outcome = Outcome(blowing.gale, seed)
         try:
             run = launched(stormy, seed)
+            before_s = _seconds_of(federation, run, calm_rounds)
             blowing.blow(run, minutes * 60)
             if not blowing.gale.why:
                 blowing.calm(run)
+                _seconds_of(federation, run, 1)  # the one under way
+                after_s = _seconds_of(federation, run, calm_rounds)
+                outcome.calm_rate = 2 * calm_rounds / (before_s + after_s) * 3600
+                federation.client.stop(run)
+                federation.wait(run, STUCK_S)
             models = federation.committed(run)
             if not blowing.gale.why:
                 _look_back(federation, run, outcome)
+        except TimeoutError as error:
+            blowing.gale.why = str(error)
         finally:
             _keep_logs(federation)
     if not blowing.gale.why:
         quiet = ground_at(root / "quiet", False)
         with quiet.federation:
-            right, outcome.calm_rate = _undisturbed(quiet, seed, len(models))
+            right = _undisturbed(quiet, seed, len(models))
         outcome.identical = right == models
         for number in sorted(n for n in models if right.get(n) != models[n])[:1]:
             outcome.problems.append(f"round {number} is the first with another model")
@@ -496,18 +514,22 @@ def _look_back(federation: FaultyFederation, run: str, outcome: Outcome) -> None
         outcome.problems += [line[:400] for line in lines if "internal error" in line]
 
 
-def _undisturbed(ground: Field, seed: int, rounds: int) -> tuple[dict[int, str], float]:
-    """Models of a run that nothing disturbs, and its rounds an hour."""
-    federation, began = ground.federation, 0.0
-    run = launched(ground, seed)
-    first, began = len(federation.committed(run)), time.monotonic()
+def _seconds_of(federation: FaultyFederation, run: str, rounds: int) -> float:
+    """How long so many rounds take, from now on."""
+    began, last = time.monotonic(), len(federation.committed(run)) + rounds
     federation.await_that(
-        lambda: len(federation.committed(run)) >= rounds, "as many rounds", 60.0 * rounds
+        lambda: len(federation.committed(run)) >= last, f"{rounds} rounds more", STUCK_S * rounds
     )
-    rate = (rounds - first) / (time.monotonic() - began) * 3600
+    return time.monotonic() - began
+
+
+def _undisturbed(ground: Field, seed: int, rounds: int) -> dict[int, str]:
+    """Models of a run that nothing disturbs."""
+    federation, run = ground.federation, launched(ground, seed)
+    _seconds_of(federation, run, max(0, rounds - len(federation.committed(run))))
     federation.client.stop(run, now=True)
     models = federation.committed(run)
-    return {number: models[number] for number in range(1, rounds + 1)}, rate
+    return {number: models[number] for number in range(1, rounds + 1)}
 
 
 def _keep_logs(federation: FaultyFederation) -> None:

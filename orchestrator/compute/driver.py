@@ -23,6 +23,9 @@ _START_S = 120.0  # Ray started in 3 to 11 s here, the latter on a busy host
 _TOO_SLOW = "timed out during startup"  # what Ray says after 30 s, which can't be changed
 _QUEUE_S = 5.0
 _REQUESTS = 16  # served at once; Ray queues their tasks
+_LOOK_S = 1.0
+_RAYS_OWN = ("gcs_server", "raylet")
+"""Head and node: without either nothing is computed any more, and Ray starts neither again."""
 
 
 def serve(config: ComputeConfig, level: Level, reader: IO[bytes], writer: IO[bytes]) -> int:
@@ -118,6 +121,7 @@ class RayEngine:
                 logging_level=logging.ERROR,
                 _temp_dir=config.temp_dir,
             )
+            threading.Thread(target=_end_with_ray, name="ray's life", daemon=True).start()
         self._run = ray.remote(run_function)
         self._isolate = ray.remote(run_isolated)
         self._keeper = self._new_keeper()
@@ -230,6 +234,19 @@ class RayEngine:
         for ref in refs:
             with contextlib.suppress(self._ray.exceptions.RayError, ValueError, TypeError):
                 self._ray.cancel(ref, force=True)
+
+
+def _end_with_ray() -> None:
+    """End this process once Ray's head or node is gone: whoever waits has it started again."""
+    import psutil
+
+    own = [p for p in psutil.Process().children() if p.name() in _RAYS_OWN]
+    while True:
+        for process in own:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                logging.getLogger(__name__).error("Ray's %s is gone", process.name())
+                os._exit(1)
+        time.sleep(_LOOK_S)
 
 
 def _set_environment(config: ComputeConfig) -> None:

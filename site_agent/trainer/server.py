@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from protos.errors import TaskFailed
@@ -73,7 +74,8 @@ class Server:
                 self._forget(order.job)
                 self._tell(Cancelled(job=order.job))
             except BaseException as error:  # noqa: BLE001  # a task may raise anything, also SystemExit
-                traceback.print_exc(file=sys.stderr)
+                with suppress(OSError):  # the log's disk may be what is full
+                    traceback.print_exc(file=sys.stderr)
                 self._tell(describe(order.job, error))
 
     # -- orders ----------------------------------------------------------------------------------

@@ -237,7 +237,14 @@ def test_a_plugin_leaves_no_process(either: Compute, tmp_path: Path) -> None:
     assert holders(path) == []
 
 
-@pytest.mark.parametrize("victim", ["supervisor", "driver"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "supervisor",
+        "driver",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("raylet", "gcs_server")),
+    ],
+)
 def test_after_kill_9_nothing_is_left_and_it_starts_again(
     compute: ComputeClient, victim: str
 ) -> None:
@@ -245,7 +252,8 @@ def test_after_kill_9_nothing_is_left_and_it_starts_again(
     pids, restarts = compute.process_ids(), compute.restarts
     supervisor = min(pids, key=lambda pid: psutil.Process(pid).create_time())
     children = psutil.Process(supervisor).children(recursive=True)
-    os.kill(supervisor if victim == "supervisor" else children[1].pid, signal.SIGKILL)
+    named = [p.pid for p in children if p.name() == victim]  # Ray's own: its node, its head
+    os.kill(supervisor if victim == "supervisor" else [*named, children[1].pid][0], signal.SIGKILL)
     assert gone(pids)
     # A call that comes while it starts again waits for it.
     deadline = time.monotonic() + START_S

@@ -66,6 +66,16 @@ def test_a_site_without_room_for_the_model_says_so(field: Field) -> None:
 
 
 @needs_disks
+def test_a_site_whose_disk_fills_while_it_trains_says_so(field: Field) -> None:
+    run = held_at(field, "east", "fills", task=LARGE)
+    field.federation.fill("east")
+    (field.switches["east"] / "gate").unlink()
+    without(field, run, "east", "site east", "No space left on device")
+    field.federation.empty("east")
+    complete(field, field.federation.launch(field.config("room-again", rounds=1, task=LARGE)))
+
+
+@needs_disks
 def test_an_orchestrator_without_room_says_so_and_takes_the_work_later(field: Field) -> None:
     """Its disk fills while the sites train: what they finished stays with them, and counts in the end."""
     cohort = {"quorum": "all", "deadline_s": 120}

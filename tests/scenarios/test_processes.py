@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from tests.support.faulty import ORCHESTRATOR
 from tests.support.field import SITES, Field
 from tests.support.reading import farflung
-from tests.support.rigged import RiggedFederation
+from tests.support.rigged import RiggedFederation, needs_mounts, with_mounts
 from tests.support.scene import complete, ended, restored, without
 from tests.support.sites import ask
 
@@ -126,6 +125,14 @@ def test_an_error_in_the_second_round_keeps_the_first(field: Field) -> None:
     assert farflung(field.federation, "verify", run).code == 0
 
 
+def test_missing_data_are_named_by_class_and_place_and_not_by_path(field: Field) -> None:
+    (field.switches["south"] / "fault").write_text("no data")
+    run = field.federation.launch(field.config("no-data", rounds=1))
+    words = "site south: the task failed: FileNotFoundError: No such file or directory at blobs.py:"
+    rounds = without(field, run, "south", words)
+    assert "4711" not in rounds[0].missing["south"]
+
+
 def test_a_task_that_can_not_be_imported_is_named_at_its_site(field: Field) -> None:
     federation = field.federation
     task = federation.root / "broken.py"
@@ -152,6 +159,14 @@ def test_a_task_that_is_not_at_the_orchestrator_is_refused_at_launch(field: Fiel
     told = farflung(field.federation, "launch", str(file))
     assert told.code == 78
     assert "mammograms" in told.text
+
+
+def test_an_unknown_key_of_the_run_file_is_named(field: Field) -> None:
+    file = field.federation.root / "run.toml"
+    file.write_text('name = "slip"\nrounds = 1\nrouns = 1\n[task]\nname = "blobs"\n')
+    told = farflung(field.federation, "launch", str(file))
+    assert told.code == 78
+    assert "rouns" in told.text
 
 
 # -- devices and memory ---------------------------------------------------------------------------------
@@ -186,11 +201,23 @@ def test_a_device_that_is_not_there_any_more_is_no_reason_to_train_on_another(fi
         federation.start_site("east")
 
 
-# -- Ray ------------------------------------------------------------------------------------------------
-
-
-def _words(process: psutil.Process) -> list[str]:
+@needs_mounts
+def test_too_little_shared_memory_is_named(field: Field) -> None:
+    """F7: the loaders' processes hand their batches on in /dev/shm."""
+    federation = field.federation
+    assert isinstance(federation, RiggedFederation)
+    config = federation.folder("east") / "site.toml"
+    before = config.read_text()
+    federation.stop_site("east")
+    config.write_text(before.replace("[trainer]", "[trainer]\nloader_workers = 1"))
+    federation.before["east"] = with_mounts("mount -t tmpfs -o size=4k tmpfs /dev/shm")
+    one_by_one = {"name": "blobs", "params": {"one_by_one": True}}
     try:
-        return [process.name(), *process.cmdline()]
-    except psutil.Error:
-        return []
+        federation.start_site("east")
+        run = federation.launch(field.config("shm", rounds=1, task=one_by_one))
+        without(field, run, "east", "ran out of shared memory", "--shm-size")
+    finally:
+        federation.before.clear()
+        federation.stop_site("east")
+        config.write_text(before)
+        federation.start_site("east")

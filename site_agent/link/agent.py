@@ -170,6 +170,7 @@ class Agent:
         return device_kind(self._worker.trainer_device or self._config.site.device)
 
     def _attached(self, welcome: site_pb2.Welcome | None) -> None:
+        self._plans.forget_answers()
         if welcome is not None and self._wire.move_bulk(welcome.bulk):
             self._fetcher.reconnect()
             self._sender.reconnect()
@@ -198,6 +199,8 @@ class Agent:
             return
         if (open_here := self._plans.get(plan.id)) is not None:
             self.moved(open_here, open_here.told())  # an orchestrator that comes back asks again
+            return
+        if self._plans.answered(plan.id):
             return
         known = self._plans.outcome(plan.id)
         if known is not None:
@@ -251,7 +254,7 @@ class Agent:
         self._journal.info("plan cancelled", plan=plan_id, reason=reason)
         assignment.cancelled = True
         reach("plan.cancelled")
-        self.closed(plan_id)
+        self.closed(plan_id, again=True)
         self._worker.cancel(plan_id)
         self._hand_on(assignment)
 
@@ -322,16 +325,16 @@ class Agent:
         else:
             self._journal.warning(f"contribution {verdict}", error=error, reason=message, **facts)
 
-    def closed(self, plan_id: str) -> None:
-        """A plan has its answer."""
-        self._plans.close(plan_id)
+    def closed(self, plan_id: str, again: bool = False) -> None:
+        """A plan has its answer; or, with ``again``, it may be offered anew."""
+        self._plans.close(plan_id, again)
         self._stream.forget(plan_id)
 
     def unanswered(self, plan_id: str) -> None:
         """A contribution was meant for this plan too, but was answered for another attempt."""
         assignment = self._plans.get(plan_id)
         if assignment is not None and not assignment.cancelled:
-            self._plans.close(plan_id)
+            self._plans.close(plan_id, again=True)
             self._offered(assignment.plan.encode())
 
     def unsendable(self, entry: Entry, error: FarflungError) -> None:

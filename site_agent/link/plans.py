@@ -98,12 +98,13 @@ class Assignment:
 
 
 class OpenPlans:
-    """Open plans by id, and the outcomes of those that ended without a contribution."""
+    """Open plans by id; outcomes of those that ended without a contribution; those that were answered."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
         self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()
+        self._answered: OrderedDict[str, None] = OrderedDict()
 
     def add(self, assignment: Assignment) -> bool:
         """Open a plan; False if it is open already. One whose work is under way follows it."""
@@ -137,10 +138,24 @@ class OpenPlans:
         with self._lock:
             return self._open.get(plan_id)
 
-    def close(self, plan_id: str) -> None:
-        """A plan ended."""
+    def close(self, plan_id: str, again: bool = False) -> None:
+        """A plan was answered; or, with ``again``, it ended and may be offered anew."""
         with self._lock:
             self._open.pop(plan_id, None)
+            if not again:
+                self._answered[plan_id] = None
+                while len(self._answered) > REMEMBERED:
+                    self._answered.popitem(last=False)
+
+    def answered(self, plan_id: str) -> bool:
+        """Whether a plan was answered: an offer on the same stream was then sent before that."""
+        with self._lock:
+            return plan_id in self._answered
+
+    def forget_answers(self) -> None:
+        """What a new stream offers is wanted: its orchestrator may come from a backup."""
+        with self._lock:
+            self._answered.clear()
 
     def fail(self, plan_id: str, outcome: site_pb2.Outcome) -> None:
         """A plan ended without a contribution."""

@@ -44,8 +44,8 @@ class Ears(Protocol):
     def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
         """A contribution has its final answer."""
 
-    def closed(self, plan_id: str) -> None:
-        """A plan has its answer."""
+    def closed(self, plan_id: str, again: bool = False) -> None:
+        """A plan has its answer; or, with ``again``, it may be offered anew."""
 
     def unanswered(self, plan_id: str) -> None:
         """A contribution was meant for this plan too, but was answered for another attempt."""
@@ -200,7 +200,7 @@ class Sender:
             status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
         except (grpc.RpcError, ValueError, Unavailable):
             self.reconnect()
-            self._ears.closed(plan_id)
+            self._ears.closed(plan_id, again=True)
             return
         if status.HasField("answer"):
             self._ears.closed(plan_id)

@@ -199,8 +199,7 @@ class Agent:
             return
         if (open_here := self._plans.get(plan.id)) is not None:
             self.moved(open_here, open_here.told())  # an orchestrator that comes back asks again
-            return
-        if self._plans.answered(plan.id):
+        if open_here is not None or self._plans.answered(plan.id):
             return
         known = self._plans.outcome(plan.id)
         if known is not None:

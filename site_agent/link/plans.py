@@ -15,6 +15,12 @@ REMEMBERED = 256
 """How many plans that ended are remembered, so that one that comes again is answered, not done."""
 
 
+def attempt_of(plan_id: str) -> int:
+    """Which attempt a plan is of; 0 where the orchestrator names something else."""
+    parts = plan_id.split("/")
+    return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
+
+
 def told(
     plan_id: str,
     state: site_pb2.Progress.State.ValueType,
@@ -104,7 +110,7 @@ class OpenPlans:
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
         self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()
-        self._answered: OrderedDict[str, None] = OrderedDict()
+        self._answered: OrderedDict[tuple[str, ...], int] = OrderedDict()  # newest attempts
 
     def add(self, assignment: Assignment) -> bool:
         """Open a plan; False if it is open already. One whose work is under way follows it."""
@@ -143,14 +149,16 @@ class OpenPlans:
         with self._lock:
             self._open.pop(plan_id, None)
             if not again:
-                self._answered[plan_id] = None
+                newest = max(attempt_of(plan_id), self._answered.get(_round_of(plan_id), 0))
+                self._answered[_round_of(plan_id)] = newest
                 while len(self._answered) > REMEMBERED:
                     self._answered.popitem(last=False)
 
     def answered(self, plan_id: str) -> bool:
-        """Whether a plan was answered: an offer on the same stream was then sent before that."""
+        """Whether a plan, or a later attempt, was answered: its offer was then sent before that."""
         with self._lock:
-            return plan_id in self._answered
+            newest = self._answered.get(_round_of(plan_id))
+        return newest is not None and attempt_of(plan_id) <= newest
 
     def forget_answers(self) -> None:
         """What a new stream offers is wanted: its orchestrator may come from a backup."""
@@ -174,3 +182,9 @@ class OpenPlans:
         """All open plans, in the order in which they came."""
         with self._lock:
             return list(self._open.values())
+
+
+def _round_of(plan_id: str) -> tuple[str, ...]:
+    """What all attempts of an exchange have in common."""
+    run, *rest = plan_id.split("/")
+    return (run, *rest[:1], *rest[2:])

@@ -22,6 +22,7 @@ from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox, Verdict
+from site_agent.link.plans import attempt_of
 from site_agent.link.wire import Wire, backoff
 
 STATUS_TIMEOUT_S = 30.0
@@ -350,15 +351,9 @@ class Sender:
         self._ears.closed(answered_for)
         reach("contribute.settled")
         # An answer for one attempt says that those before it are over.
-        for plan_id in (p for p in entry.plans if _attempt(p) < _attempt(answered_for)):
+        for plan_id in (p for p in entry.plans if attempt_of(p) < attempt_of(answered_for)):
             self._ears.closed(plan_id)
-        self.ask(p for p in entry.plans if _attempt(p) > _attempt(answered_for))
-
-
-def _attempt(plan_id: str) -> int:
-    """Which attempt a plan is of; 0 where the orchestrator names something else."""
-    parts = plan_id.split("/")
-    return int(parts[2]) if len(parts) == 4 and parts[2].isdecimal() else 0
+        self.ask(p for p in entry.plans if attempt_of(p) > attempt_of(answered_for))
 
 
 def _theirs(error: FarflungError) -> FarflungError:

@@ -43,7 +43,8 @@ def config(field: Field, name: str, codec: str, rounds: int, **params: Any) -> d
     )
 
 
-@pytest.mark.parametrize("codec", ["int8", pytest.param("top_k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["int8", "top_k"])
 def test_what_a_site_still_owes_survives_its_restart(field: Field, codec: str) -> None:
     """Round 2: the bits are those of a run without a restart, and not those without feedback."""
     federation = field.federation

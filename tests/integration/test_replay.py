@@ -91,6 +91,7 @@ def test_the_newest_round_is_computed_again_and_checked_elsewhere(
     assert (offline.problems, offline.digest) == ((), found.digest)
 
 
+@pytest.mark.slow
 def test_sums_that_were_not_used_are_not_used_again(real: Field) -> None:
     """A site's disk is full when it is asked what the calibrated outputs are worth: too few answer."""
     federation = real.federation

@@ -312,6 +312,7 @@ def test_a_killed_daemon_goes_on_and_nothing_is_trained_twice(field: Field) -> N
     assert {site: field.steps(site) for site in SITES} == dict.fromkeys(SITES, 2 * per_round)
 
 
+@pytest.mark.slow
 def test_work_under_way_is_not_begun_again_for_the_next_attempt(field: Field) -> None:
     gate, fault = field.switches["south"] / "gate", field.switches["north"] / "fault"
     gate.touch()

@@ -44,6 +44,7 @@ from protos.plan import Plan, Schedule, TaskChoice, Work
 from protos.v1 import common_pb2, site_pb2
 from site_agent.home import Home
 from site_agent.link.outbox import Entry, Outbox
+from site_agent.link.plans import OpenPlans
 from site_agent.link.sender import VERDICTS
 from tests.support.authority import Authority
 from tests.support.contributor import Contributor
@@ -89,13 +90,14 @@ class Site:
         self.trained: Counter[str] = Counter()
         self.wasted: Counter[str] = Counter()
         self.answers: dict[str, str] = {}
-        self.settled: set[str] = set()
+        self.plans = OpenPlans()
+        self.failed: set[str] = set()
         self.session: Session | None = None
 
     def hear(self, plan: Plan) -> None:
         """A plan was offered, perhaps not for the first time."""
-        if plan.id in self.settled:
-            return  # this offer was sent before the answer
+        if self.plans.answered(plan.id) or plan.id in self.failed:
+            return  # this offer was sent before the answer, or it says again how it ended
         finished = self.outbox.of_work(plan.work_digest)
         if finished is None:
             self._train(plan)
@@ -127,13 +129,14 @@ class Site:
         if entry is None or verdict is None:
             return
         self.outbox.answer(entry, verdict)
-        self.settled.add(answer.plan_id)
+        self.plans.close(answer.plan_id)
         if verdict != "counted":
             self.wasted[entry.header.work_digest] += 1
 
     def restart(self) -> None:
         """Its process was killed: what is in its folder is left."""
         self.outbox = Outbox(self.home)
+        self.failed.clear()
         assert not self.outbox.damaged
 
 
@@ -264,7 +267,7 @@ class FederationMachine(RuleBasedStateMachine):
     @rule(i=which)
     def attach(self, i: int) -> None:
         site = self.sites[i]
-        site.settled.clear()
+        site.plans.forget_answers()
         site.session = Session(site.name, site.identity.caller.fingerprint, site_pb2.Hello())
         self.sessions.attach(site.session)
         for row in self.bench.ledger.open_plans(site.name):
@@ -310,6 +313,7 @@ class FederationMachine(RuleBasedStateMachine):
         site = self.sites[i]
         for row in self.bench.ledger.open_plans(site.name):
             if site.outbox.of_work(row.work_digest) is None:
+                site.failed.add(row.id)
                 self.bench.ledger.answer_plan(row.id, site.name, "failed", "TaskFailed", "it died")
                 self.engine.exchange.failed(site.name, row.id, "TaskFailed", "it died", "failed")
 
@@ -405,4 +409,4 @@ class FederationMachine(RuleBasedStateMachine):
 
 pytestmark = pytest.mark.timeout(300)
 TestFederation = FederationMachine.TestCase
-TestFederation.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestFederation.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)

@@ -375,6 +375,33 @@ def test_the_orchestrator_restarts_and_what_is_finished_is_not_trained_again(sit
     assert len(begun) == 1
 
 
+def test_an_offer_that_the_answer_overtook_is_not_done_again(site: Site) -> None:
+    """A large contribution is answered on another connection than plans are offered on."""
+    plan = site.plan(work=Work(epochs=1))
+    site.orchestrator.offer(plan)
+    site.orchestrator.contribution(plan)
+
+    def times(event: str) -> int:
+        return sum(e["event"] == event and e.get("plan") == plan.id for e in site.agent.events())
+
+    site.orchestrator.until(
+        lambda: any(e.get("plans") == [plan.id] for e in site.agent.events()), "the answer"
+    )
+    site.orchestrator.offer(plan)
+    later = site.plan(round=2, work=Work(epochs=1))
+    site.orchestrator.offer(later)  # is heard after it
+    site.orchestrator.contribution(later)
+    assert times("plan begins") == 1
+
+    site.orchestrator.stop()
+    site.orchestrator.start()
+    site.orchestrator.attached()
+    site.orchestrator.contributions.clear()
+    site.orchestrator.offer(plan)  # who comes back from a backup wants it once more
+    site.orchestrator.contribution(plan)
+    assert times("plan begins") == 2
+
+
 def test_a_small_contribution_goes_out_on_the_control_stream(site: Site) -> None:
     orchestrator = site.orchestrator
     orchestrator.stop()
@@ -559,30 +586,3 @@ def test_kill_9_of_the_link_ends_the_trainer(site: Site) -> None:
     trainer = psutil.Process(ask(site.home, "status")["trainer_pid"])
     assert site.agent.stop() == 0
     trainer.wait(10)
-
-
-def test_an_offer_that_the_answer_overtook_is_not_done_again(site: Site) -> None:
-    """A large contribution is answered on another connection than plans are offered on."""
-    plan = site.plan(work=Work(epochs=1))
-    site.orchestrator.offer(plan)
-    site.orchestrator.contribution(plan)
-
-    def times(event: str) -> int:
-        return sum(e["event"] == event and e.get("plan") == plan.id for e in site.agent.events())
-
-    site.orchestrator.until(
-        lambda: any(e["event"] == "contribution counted" for e in site.agent.events()), "the answer"
-    )
-    site.orchestrator.offer(plan)
-    later = site.plan(round=2, work=Work(epochs=1))
-    site.orchestrator.offer(later)  # is heard after it
-    site.orchestrator.contribution(later)
-    assert times("plan begins") == 1
-
-    site.orchestrator.stop()
-    site.orchestrator.start()
-    site.orchestrator.attached()
-    site.orchestrator.contributions.clear()
-    site.orchestrator.offer(plan)  # who comes back from a backup wants it once more
-    site.orchestrator.contribution(plan)
-    assert times("plan begins") == 2

@@ -224,7 +224,8 @@ site_agent/link/outbox.py
     outbox.payload.given outbox.pruned outbox.buried outbox.removed
 site_agent/link/sender.py
     contribute.saying contribute.said contribute.status.heard contribute.head.sent
-    contribute.chunk.sent contribute.sent contribute.answered contribute.settled
+    contribute.chunk.sent contribute.sent contribute.answered contribute.verdict.kept
+    contribute.settled
 site_agent/link/stream.py
     control.saying control.progress control.beating control.dialled control.heard control.ended
     control.attached

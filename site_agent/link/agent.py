@@ -61,19 +61,14 @@ class Agent:
         self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
         self._policy = Policy(self.site, config.policy, self._sources)
         self._plans = OpenPlans()
+        self.turn = self._plans.turn
         self._outbox = Outbox(home, config.site.keep_states)
         for name in self._outbox.damaged:
             self._journal.error("a damaged contribution is left aside", folder=name)
         self._line = Line(home, config, lambda: self._wire.bulk_address, self._journal)
         self._wire = Wire(lambda: self._keys, config.network, self._line.target)
-        self._fetcher = Fetcher(
-            self._wire,
-            home.cache,
-            self._policy,
-            config.site.keep_bases,
-            home.spares(),
-            self._journal,
-        )
+        spares, keep = home.spares(), config.site.keep_bases
+        self._fetcher = Fetcher(self._wire, home.cache, self._policy, keep, spares, self._journal)
         self._worker = Worker(
             site=self.site,
             home=home,
@@ -179,7 +174,8 @@ class Agent:
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):
             case "plan":
-                self._offered(message.plan.plan, message.plan.base)
+                with self.turn:
+                    self._offered(message.plan.plan, message.plan.base)
             case "answer":
                 self._sender.apply(message.answer)
             case "finish":
@@ -247,15 +243,15 @@ class Agent:
             self._worker.finish(leader.plan.id)
 
     def _cancelled(self, plan_id: str, reason: str) -> None:
-        assignment = self._plans.get(plan_id)
-        if assignment is None:
-            return
-        self._journal.info("plan cancelled", plan=plan_id, reason=reason)
-        assignment.cancelled = True
-        reach("plan.cancelled")
-        self.closed(plan_id, again=True)
-        self._worker.cancel(plan_id)
-        self._hand_on(assignment)
+        with self.turn:
+            if (assignment := self._plans.get(plan_id)) is None:
+                return
+            self._journal.info("plan cancelled", plan=plan_id, reason=reason)
+            assignment.cancelled = True
+            reach("plan.cancelled")
+            self.closed(plan_id, again=True)
+            self._worker.cancel(plan_id)
+            self._hand_on(assignment)
 
     def _renew(self) -> None:
         try:
@@ -283,17 +279,19 @@ class Agent:
 
     def finished(self, assignment: Assignment, entry: Entry) -> None:
         """A contribution is in the outbox."""
-        shared = [a.plan.id for a in self._plans.followers(assignment)]
-        entry.plans += shared
-        if entry.verdict is not None:  # the sender was faster
-            self._sender.ask(shared)
+        with self.turn:
+            shared = [a.plan.id for a in self._plans.followers(assignment)]
+            entry.plans += shared
+            if entry.verdict is not None:  # the sender was faster
+                self._sender.ask(shared)
         self.sending(entry, 0, entry.index.nbytes)
         self._sender.nudge()
 
     def failed(self, assignment: Assignment, error: str, text: str) -> None:
         """A plan ends without a contribution."""
-        self._fail(assignment, error, text)
-        self._hand_on(assignment)
+        with self.turn:
+            self._fail(assignment, error, text)
+            self._hand_on(assignment)
 
     def _hand_on(self, ended: Assignment) -> None:
         """Whoever shared the work of a plan that ended without it does it now."""
@@ -331,18 +329,20 @@ class Agent:
 
     def unanswered(self, plan_id: str) -> None:
         """A contribution was meant for this plan too, but was answered for another attempt."""
-        assignment = self._plans.get(plan_id)
-        if assignment is not None and not assignment.cancelled:
-            self._plans.close(plan_id, again=True)
-            self._offered(assignment.plan.encode())
+        with self.turn:
+            if (assignment := self._plans.get(plan_id)) is not None:
+                self._plans.close(plan_id, again=True)
+                self._offered(assignment.plan.encode())
 
     def unsendable(self, entry: Entry, error: FarflungError) -> None:
         """A contribution's payload is damaged here; it was removed."""
         self._journal.error("a contribution is damaged", contribution=entry.digest)
-        for plan_id in entry.plans:
-            assignment = self._plans.get(plan_id)
-            if assignment is not None:
+        with self.turn:
+            lost = [a for a in map(self._plans.get, entry.plans) if a is not None]
+            for assignment in lost:
                 self._fail(assignment, type(error).__name__, self._disclosure.own(error))
+            for assignment in lost:
+                self._hand_on(assignment)
 
     # -- the command line ------------------------------------------------------------------------
 

@@ -104,9 +104,15 @@ class Assignment:
 
 
 class OpenPlans:
-    """Open plans by id; outcomes of those that ended without a contribution; those that were answered."""
+    """Open plans by id; outcomes of those that ended without a contribution; those that were answered.
+
+    Attributes:
+        turn: Held by whoever decides about plans: an offer, an answer and an end of work each look at
+            several, and come from different threads.
+    """
 
     def __init__(self) -> None:
+        self.turn = threading.RLock()
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
         self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()

@@ -26,6 +26,7 @@ from site_agent.link.plans import attempt_of
 from site_agent.link.wire import Wire, backoff
 
 STATUS_TIMEOUT_S = 30.0
+ASK_AGAIN_S = 1.0
 TELL_S = 0.1
 """How far a contribution is, is told at most this often."""
 
@@ -37,7 +38,13 @@ VERDICTS: dict[int, Verdict] = {
 
 
 class Ears(Protocol):
-    """Who hears how the sending goes."""
+    """Who hears how the sending goes.
+
+    Attributes:
+        turn: Held while an answer is dealt with; see `OpenPlans`.
+    """
+
+    turn: threading.RLock
 
     def sending(self, entry: Entry, done: int, planned: int) -> None:
         """Bytes of a contribution left."""
@@ -87,7 +94,7 @@ class Sender:
         self._call: grpc.Call | None = None
         self._not_before: dict[str, float] = {}
         self._waits: dict[str, Iterator[float]] = {}
-        self._unclear: list[str] = []
+        self._unclear: dict[str, float] = {}  # plans that are to be asked about, and when
         self.sent_bytes = self._sent_before = 0
 
     busy = False
@@ -133,7 +140,7 @@ class Sender:
     def ask(self, plans: Iterable[str]) -> None:
         """Ask how it stands with plans whose work was answered for another attempt."""
         with self._condition:
-            self._unclear += plans
+            self._unclear.update(dict.fromkeys(plans, monotonic()))
             self._condition.notify_all()
 
     def stop(self) -> None:
@@ -182,9 +189,12 @@ class Sender:
         with self._condition:
             while not self._stopped:
                 may_send = self._attached and self._may_move
-                if self._unclear and may_send:
-                    return self._unclear.pop(0)
                 now, soonest = monotonic(), None
+                for plan_id, due in self._unclear.items() if may_send else ():
+                    if due <= now:
+                        del self._unclear[plan_id]
+                        return plan_id
+                    soonest = due if soonest is None else min(soonest, due)
                 for entry in self._outbox.waiting() if may_send else ():
                     due = self._not_before.get(entry.digest, now)
                     if due <= now:
@@ -194,14 +204,15 @@ class Sender:
             return None
 
     def _clarify(self, plan_id: str) -> None:
-        """Ask how it stands with a plan; if it can't be asked now, its offer will come again."""
+        """Ask how it stands with a plan; if it can't be asked now, a little later."""
         request = site_pb2.StatusRequest(plan_id=plan_id)
         try:
             stub = BulkStub(self._open())
             status = stub.ContributionStatus(request, timeout=STATUS_TIMEOUT_S)
         except (grpc.RpcError, ValueError, Unavailable):
             self.reconnect()
-            self._ears.closed(plan_id, again=True)
+            with self._condition:
+                self._unclear[plan_id] = monotonic() + ASK_AGAIN_S
             return
         if status.HasField("answer"):
             self._ears.closed(plan_id)
@@ -345,15 +356,17 @@ class Sender:
         if verdict is None:
             raise Unavailable("the orchestrator gave an answer without a verdict")
         reach("contribute.answered")
-        self._outbox.answer(entry, verdict)
-        self._ears.answered(entry, verdict, answer.error, answer.message)
-        answered_for = answer.plan_id or entry.header.plan_id
-        self._ears.closed(answered_for)
-        reach("contribute.settled")
-        # An answer for one attempt says that those before it are over.
-        for plan_id in (p for p in entry.plans if attempt_of(p) < attempt_of(answered_for)):
-            self._ears.closed(plan_id)
-        self.ask(p for p in entry.plans if attempt_of(p) > attempt_of(answered_for))
+        with self._ears.turn:
+            self._outbox.answer(entry, verdict)
+            reach("contribute.verdict.kept")
+            self._ears.answered(entry, verdict, answer.error, answer.message)
+            answered_for = answer.plan_id or entry.header.plan_id
+            self._ears.closed(answered_for)
+            reach("contribute.settled")
+            # An answer for one attempt says that those before it are over.
+            for plan_id in (p for p in entry.plans if attempt_of(p) < attempt_of(answered_for)):
+                self._ears.closed(plan_id)
+            self.ask(p for p in entry.plans if attempt_of(p) > attempt_of(answered_for))
 
 
 def _theirs(error: FarflungError) -> FarflungError:

@@ -11,11 +11,13 @@ import psutil
 import pytest
 import torch
 
+from protos.faults import DONE, FOLDER, Fault
 from protos.identity import fingerprint, load_certificate, verify_header
 from protos.manifest import Manifest
 from protos.plan import Plan, Work
 from protos.tensors import map_file
 from protos.v1 import site_pb2
+from tests.support.files import wait_for
 from tests.support.sites import (
     RunningAgent,
     ask,
@@ -51,7 +53,8 @@ class Site:
         write_config(self.home, TASKS, MORE)
         self.token = self.orchestrator.invite("north")
         self.joined = ask(self.home, "join", self.token)
-        self.agent = RunningAgent(self.home)
+        self.faults = folder / "faults"
+        self.agent = RunningAgent(self.home, **{FOLDER: str(self.faults)})
         self.orchestrator.attached()
         self._plans = 0
 
@@ -195,6 +198,20 @@ def test_the_same_work_again_gives_the_same_bits(site: Site) -> None:
     site.orchestrator.offer(again)
     second = site.orchestrator.contribution(again)
     assert first[2].digest == second[2].digest
+
+
+@pytest.mark.parametrize(
+    "at", ["contribute.answered", "contribute.verdict.kept", "contribute.settled"]
+)
+def test_the_same_work_is_offered_while_its_answer_comes(site: Site, at: str) -> None:
+    plan = site.plan()
+    Fault(at, do="delay", process="link", seconds=0.5).put(site.faults)
+    site.orchestrator.offer(plan)
+    site.orchestrator.contribution(plan)
+    wait_for(site.faults / DONE, 60)
+    again = plan.model_copy(update={"attempt": 2})
+    site.orchestrator.offer(again)
+    site.orchestrator.contribution(again)
 
 
 def test_state_is_found_again_and_what_stays_here_is_not_sent(site: Site) -> None:

@@ -20,7 +20,6 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 
-from orchestrator import __version__
 from orchestrator.blocks import Blocks
 from orchestrator.board import Board
 from orchestrator.client import OperatorClient
@@ -47,6 +46,7 @@ from orchestrator.store import open_store
 from orchestrator.viewing import Viewing
 from orchestrator.views import Daemon as DaemonView
 from orchestrator.views import Event
+from protos import __version__
 from protos.bulk import add_bulk
 from protos.v1 import gateway_pb2_grpc, operator_pb2_grpc, site_pb2_grpc
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator import __version__
 from orchestrator.launching import committed_round
 from orchestrator.ledger import RoundRow, RunRow
 from orchestrator.ledger.transcript import NAME, transcript
 from orchestrator.rounds.engine import Engine, Model
 from orchestrator.run_config import RunConfig
+from protos import __version__
 from protos.digest import canonical
 from protos.errors import ConfigInvalid, NotFound
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import grpc
 
-from orchestrator import __version__
 from orchestrator.admission import LARGE_BYTES, Admission
 from orchestrator.doorkeeper import Caller, Doorkeeper
 from orchestrator.fanout import Fanout
@@ -25,6 +24,7 @@ from orchestrator.sessions import Session, Sessions
 from orchestrator.small import SMALL_BYTES
 from orchestrator.store import Store
 from orchestrator.views import WorkState
+from protos import __version__
 from protos.bulk import Chunk, Incoming
 from protos.digest import digest
 from protos.errors import (

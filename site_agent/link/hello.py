@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from protos import __version__
 from protos.v1 import site_pb2
 from site_agent.link.stream import PROTOCOL
 from site_agent.task_source import TaskSource
@@ -18,8 +19,8 @@ INSTANCE = secrets.token_hex(8)
 
 def package_versions() -> dict[str, str]:
     """Versions of what the site runs."""
-    out = {"python": platform.python_version()}
-    for name in ("farflung", "torch", "numpy", "grpcio", "protobuf"):
+    out = {"python": platform.python_version(), "farflung": __version__}
+    for name in ("torch", "numpy", "grpcio", "protobuf"):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

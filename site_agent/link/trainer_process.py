@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from protos import __version__
 from protos.errors import DataCorrupt
 from protos.faults import reach
 from site_agent import pipe
@@ -190,6 +191,7 @@ def command_of(site: str, config: SiteConfig) -> list[str]:
     """The command that starts the trainer, with its arguments."""
     trainer = config.trainer
     command = list(trainer.command) or [sys.executable, "-m", "site_agent.trainer"]
+    command += ["--link-version", __version__]
     command += ["--site", site, "--device", config.site.device, "--precision", trainer.precision]
     if trainer.threads:
         command += ["--threads", str(trainer.threads)]

@@ -10,6 +10,8 @@ import resource
 import signal
 import sys
 
+from protos import __version__
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--loader-workers", type=int, default=0)
     parser.add_argument("--memory-bytes", type=int, default=0)
+    parser.add_argument("--link-version", default=__version__)
     chosen = parser.parse_args()
 
     # The pipe is moved away from 0 and 1 before anything of the task's runs: what it prints goes
@@ -38,7 +41,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (chosen.memory_bytes, chosen.memory_bytes))
 
     from protos import faults
-    from protos.errors import FarflungError, row
+    from protos.errors import FarflungError, TaskFailed, row
     from site_agent.trainer.device import Device
     from site_agent.trainer.failures import describe
     from site_agent.trainer.server import Server
@@ -49,6 +52,11 @@ def main() -> None:
 
         torch.set_num_threads(chosen.threads)
     try:
+        if chosen.link_version != __version__:
+            raise TaskFailed(
+                f"it is Farflung {__version__}, but the agent that started it is still "
+                f"{chosen.link_version}: restart the agent, or let [trainer] command start the same"
+            )
         device = Device.choose(chosen.device, chosen.precision)
     except FarflungError as error:
         os.write(events, describe(0, error).encode())

@@ -6,13 +6,12 @@ import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protos import __version__
 from protos.errors import ConfigInvalid
 
 
@@ -92,16 +91,8 @@ class Device:
         }
         if self.torch.type == "cuda":
             out["device_name"] = torch.cuda.get_device_name(self.torch)
-        out["farflung"] = _our_version()
+        out["farflung"] = __version__
         return out
-
-
-@cache
-def _our_version() -> str:
-    try:
-        return version("farflung")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def widened(value: Any) -> Any:

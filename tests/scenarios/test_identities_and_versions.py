@@ -183,3 +183,22 @@ def test_an_agent_of_another_protocol_is_named_at_both_ends(field: Field, protoc
     finally:
         federation.stop_site("east")
         federation.start_site("east")
+
+
+def test_an_upgrade_under_a_running_agent_is_named(field: Field) -> None:
+    """The trainer that is started next is of the new version, the agent still of the old one."""
+    federation = field.federation
+    config = federation.folder("east") / "site.toml"
+    before = config.read_text()
+    newer = f'exec {sys.executable} -m site_agent.trainer "$@" --link-version 0.0.1'
+    federation.stop_site("east")
+    command = f'[trainer]\ncommand = ["sh", "-c", {newer!r}, "sh"]\n'
+    config.write_text(before.replace("[trainer]\n", command))
+    try:
+        federation.start_site("east")
+        run = federation.launch(field.config("upgraded", rounds=1))
+        without(field, run, "east", "the trainer can't begin", "is still 0.0.1: restart the agent")
+    finally:
+        federation.stop_site("east")
+        config.write_text(before)
+        federation.start_site("east")

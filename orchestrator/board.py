@@ -51,6 +51,7 @@ class _Live:
         if self.phases and self.state == state:
             return False
         if self.phases:
+            now = max(now, self.phases[-1].start)  # the clock may have been set back
             self.phases[-1] = self.phases[-1].model_copy(update={"end": now})
         self.state = state
         self.phases.append(SitePhase(state=state, start=now))

@@ -92,6 +92,7 @@ class Viewing:
             else self._board.rows()
         )
         rate = summary.get("learning_rate") or _rates(draft)
+        missing = summary.get("missing", {})
         return Round(
             run=row.run,
             round=row.round,
@@ -125,7 +126,12 @@ class Viewing:
             reliability={
                 k: Reliability.model_validate(v) for k, v in summary.get("reliability", {}).items()
             },
-            missing={**summary.get("unassessed", {}), **summary.get("missing", {})},
+            missing=missing,
+            unassessed={
+                site: why
+                for site, why in summary.get("unassessed", {}).items()
+                if site not in missing
+            },
             reason=row.reason,
             held=summary.get("held", ""),
         )

@@ -153,6 +153,7 @@ class Round(View):
         work: Local work asked for, e.g. {"epochs": 5.0}.
         calibration: Fitted maps by strategy.
         missing: Sites that were asked and not counted, with the reason.
+        unassessed: Sites that were counted and did not evaluate the model, with the reason.
         held: Why it was held; empty if it was not.
     """
 
@@ -179,6 +180,7 @@ class Round(View):
     calibration: dict[str, Any] = {}
     reliability: dict[str, Reliability] = {}
     missing: dict[str, str] = {}
+    unassessed: dict[str, str] = {}
     reason: str = ""
     held: str = ""
 

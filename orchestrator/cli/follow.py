@@ -82,6 +82,9 @@ def verdict(run: views.Run, rounds: Sequence[views.Round]) -> tuple[int, list[st
                     f"round {entry.round} went on without {site}: {reason}",
                 )
             )
+        for site, reason in entry.unassessed.items():
+            text = f"round {entry.round} was assessed without {site}: {reason}"
+            problems.append((ERRORS[DeadlineExceeded].exit_code, text))
     problems += [
         (ERRORS[DeadlineExceeded].exit_code, f"round {entry.round} was {entry.reason}")
         for entry in rounds

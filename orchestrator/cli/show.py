@@ -48,6 +48,8 @@ def list_rounds(run: Run, home: Home = None, as_json: Json = False) -> None:
     for entry in found:
         for site, reason in entry.missing.items():
             say(f"round {entry.round}: {site} was not counted: {reason}")
+        for site, reason in entry.unassessed.items():
+            say(f"round {entry.round}: {site} did not evaluate the model: {reason}")
 
 
 def export(

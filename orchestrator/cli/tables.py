@@ -73,7 +73,9 @@ def seconds_of(entry: views.Round) -> float | None:
     """Wall seconds of a round so far, or in all."""
     if entry.committed is not None:
         return entry.committed - entry.started
-    return time.time() - entry.started if entry.state in ("planned", "closed") else None
+    if entry.state not in ("planned", "closed"):
+        return None
+    return max(0.0, time.time() - entry.started)  # the clock may have been set back
 
 
 def work_of(entry: views.Round) -> str:
@@ -175,6 +177,8 @@ def notes(entry: views.Round) -> str:
         found.append(f"attempt {entry.attempt}")
     if entry.missing:
         found.append("without " + ", ".join(entry.missing))
+    if entry.unassessed:
+        found.append("not evaluated by " + ", ".join(entry.unassessed))
     if entry.state == "committed" and not entry.assessed:
         found.append("unassessed")
     found += [f"{s.site} partial: {progress(s)}" for s in entry.sites if s.partial]

@@ -71,7 +71,7 @@ def summary(
             **planned.before.summary.get("speeds", {}),
             **{site: speed.facts() for site, speed in closed.speeds.items()},
         },
-        "finished": time.time(),
+        "finished": max(time.time(), planned.row.started),  # the clock may have been set back
         "held": held,
     }
 

@@ -500,7 +500,7 @@ def _look_back(federation: FaultyFederation, run: str, outcome: Outcome) -> None
     rounds = [one for one in federation.rounds(run) if one.round and one.state == "committed"]
     gale.given_up = sum(one.attempt - 1 for one in rounds)
     outcome.rounds = len(rounds)
-    outcome.unassessed = sum(bool(one.missing) for one in rounds)
+    outcome.unassessed = sum(bool(one.unassessed) for one in rounds)
     outcome.part = 1.0
     for one in rounds:
         done = client.replay(run, one.round)

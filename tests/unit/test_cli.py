@@ -223,12 +223,14 @@ def test_a_round_without_a_site_is_no_success(
     farflung: Any, operator: FakeOperator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     operator.run_views[0] = a_run(state="finished", committed=2, current=None)
-    operator.round_views[1] = a_round(2, missing={"south": "gone for 10 s"})
+    gone = {"south": "gone for 10 s"}
+    operator.round_views[1] = a_round(2, missing=gone, unassessed={"east": "its disk is full"})
     operator.events = events(operator.run_views[0])
     assert farflung("watch", "fashion") == 75
     said = capsys.readouterr()
     assert "round 2 went on without south: gone for 10 s" in said.err
-    assert "without south" in said.out
+    assert "round 2 was assessed without east: its disk is full" in said.err
+    assert "without south; not evaluated by east" in said.out
 
 
 def test_watch_json_is_one_event_a_line(

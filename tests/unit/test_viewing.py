@@ -123,8 +123,10 @@ def test_a_committed_round_is_what_its_summary_says(bench: Workbench, viewing: V
 def test_missing_sites_are_named_with_the_reason(bench: Workbench, viewing: Viewing) -> None:
     bench.commit("r", 0)
     missing = {"south": "site south, tensor w: it holds NaN"}
-    bench.commit("r", 1, summary=summary(missing=missing, unassessed={"north": "gone"}))
-    assert viewing.rounds("r")[0].missing == {**missing, "north": "gone"}
+    unassessed = {"north": "gone", "south": "gone"}
+    bench.commit("r", 1, summary=summary(missing=missing, unassessed=unassessed))
+    round = viewing.rounds("r")[0]
+    assert (round.missing, round.unassessed) == (missing, {"north": "gone"})
     assert (
         viewing.run("r").diagnosis
         == "Round 1 went without south: site south, tensor w: it holds NaN"

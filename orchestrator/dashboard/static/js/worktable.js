@@ -141,7 +141,7 @@ export class WorkTable {
     say(line.speed, speed(row) === null ? "" : rate(speed(row)));
     say(line.sent, row.sent_bytes ? `${bytes(row.sent_bytes)} sent` : "");
     say(line.left, timeWords(row));
-    const reason = row.reason || this.round.missing[row.site] || "";
+    const reason = row.reason || this.round.missing[row.site] || this.round.unassessed[row.site] || "";
     if (line.reason.dataset.said === reason) return;
     line.reason.dataset.said = reason;
     line.reason.hidden = !reason;

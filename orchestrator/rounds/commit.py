@@ -67,6 +67,7 @@ def summary(
         "seconds": engine.board.mean_seconds(rows),
         "wire_bytes": engine.board.wire_bytes(),
         "sites": [r.model_dump(mode="json") for r in rows],
+        "devices": {**planned.before.summary.get("devices", {}), **closed.devices},
         "speeds": {
             **planned.before.summary.get("speeds", {}),
             **{site: speed.facts() for site, speed in closed.speeds.items()},

@@ -23,12 +23,14 @@ class Closed:
         contributions: The closed set, by site name.
         missing: Sites that were asked and are not in it, with the reason.
         reason: Why it was closed then.
+        devices: What the sites trained on.
         speeds: How fast the sites were; none where a restart forgot it.
     """
 
     contributions: tuple[ContributionRow, ...]
     missing: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    devices: Mapping[str, str] = field(default_factory=dict)
     speeds: Mapping[str, Speed] = field(default_factory=dict)
 
 
@@ -74,10 +76,13 @@ def closed_set(
     counted = engine.ledger.contributions(row.run, row.round, row.attempt, "train")
     counted.sort(key=lambda c: c.site)
     inside = {c.site for c in counted}
+    devices, before = {}, planned.before.summary.get("devices", {})
     for contribution in counted:
+        site, header = contribution.site, Header.decode(contribution.header)
+        devices[site] = header.packages.get("device", "")
         engine.board.set_state(contribution.site, "counted")
         engine.board.note(contribution.site, norm=contribution.norm)
-        for text in odd(contribution):
+        for text in odd(contribution, header, before.get(site, "")):
             engine.note("warning", row.run, row.round, contribution.site, text)
     known = missing or {}
     left_out = {
@@ -88,18 +93,31 @@ def closed_set(
     for site, why in left_out.items():
         text = f"site {site} is not in round {row.round}: {why}"
         engine.note("warning", row.run, row.round, site, text)
-    return Closed(tuple(counted), left_out, reason)
+    return Closed(tuple(counted), left_out, reason, devices)
 
 
-def odd(row: ContributionRow) -> list[str]:
-    """What an operator should know of a contribution that counts all the same."""
+def odd(row: ContributionRow, header: Header, trained_on: str) -> list[str]:
+    """What an operator should know of a contribution that counts all the same.
+
+    Args:
+        row: The contribution.
+        header: Its header.
+        trained_on: The device of the site's contribution to the round before; empty for none.
+    """
     found = []
+    device = header.packages.get("device", "")
+    if trained_on and device != trained_on:
+        found.append(
+            f"site {row.site}: it trained round {row.round} on {device}, and {trained_on} before; "
+            f'if that is not meant, device = "{trained_on}" under [site] in its site.toml has it '
+            "train on nothing else"
+        )
     if row.norm == 0:
         found.append(
             f"site {row.site}: its update in round {row.round} is zero: it trained and changed "
             "nothing; look at its data and at the learning rate"
         )
-    if Header.decode(row.header).metrics.get("train_state_missing"):
+    if header.metrics.get("train_state_missing"):
         found.append(
             f"site {row.site}: its state from before round {row.round} is not there any more "
             "(contributions/ of its folder); it began afresh"

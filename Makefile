@@ -4,6 +4,7 @@
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
 #   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
 #   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points and 300 moments without
+#   SEED=1                 which slow scenarios `make test` draws
 #   MINUTES=20 RATE=300 SEED=1   how long `make chaos` storms, how many faults an hour, and which
 #   PEERS_ARGS="--sizes 10,100 --readme"   what `make bench-peers` does
 #
@@ -49,7 +50,7 @@ demo: $(READY_TO_RUN) ## train one model across three sites, with a page in the 
 	@exec $(BIN)/farflung demo $(DEMO_ARGS)
 
 test: $(READY_TO_DEVELOP) ## everything fast and a seeded sample of the slow (at most 10 minutes)
-	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
+	SEED=$(SEED) $(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
 
 test-all: $(READY_TO_DEVELOP) ## every test (at most 60 minutes)
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)

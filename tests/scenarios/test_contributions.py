@@ -27,7 +27,7 @@ from tests.support.reading import farflung, launching
 from tests.support.scene import INCOMPLETE, ended, restored, without
 from tests.support.sites import ask
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contributions"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("contributions"), pytest.mark.timeout(240)]
 
 CALL_S = 30.0
 

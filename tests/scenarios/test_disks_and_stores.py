@@ -17,7 +17,7 @@ from tests.support.reading import farflung
 from tests.support.rigged import RiggedFederation, needs_mounts, with_mounts
 from tests.support.scene import complete, ended, restored, without
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("disks"), pytest.mark.timeout(240)]
 
 MIB = 1 << 20
 STEPS = 2 * 120 // 20

@@ -25,7 +25,7 @@ from tests.support.reading import farflung, serving
 from tests.support.rigged import RiggedFederation
 from tests.support.scene import complete, problem, restored, without
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("identities"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("identities"), pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.support.rigged import RiggedFederation, needs_mounts, with_mounts
 from tests.support.scene import complete, ended, restored, without
 from tests.support.sites import ask
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
 
 STEPS = 2 * 120 // 20
 """Of a site in a round."""

@@ -17,7 +17,7 @@ from tests.support.reading import farflung, serving
 from tests.support.rigged import RiggedFederation, needs_mounts, with_mounts
 from tests.support.scene import complete, problem, restored
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("network"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("network"), pytest.mark.timeout(240)]
 
 STEPS = 2 * 120 // 20
 HOUR = 3600.0

@@ -28,6 +28,7 @@ from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.plans import Assignment, OpenPlans, told
 from site_agent.link.policy import Policy
 from site_agent.link.sender import Sender
+from site_agent.link.status import connection, traffic
 from site_agent.link.stream import Stream
 from site_agent.link.wire import Wire
 from site_agent.link.worker import Worker
@@ -360,23 +361,12 @@ class Agent:
 
     def _status(self) -> dict[str, Any]:
         return {
-            "site": self.site,
-            "federation": self._keys.federation,
-            "orchestrator": self._wire.address,
-            "bulk": self._wire.bulk_address,
-            "attached": self._stream.attached,
-            "problem": "" if self._stream.attached else self._stream.problem,
+            **connection(self._keys, self._wire, self._stream),
             "paused": self._paused,
-            "certificate_expires": self._keys.expires.isoformat(),
             "trainer_pid": self._worker.trainer_pid,
             "device": self._device(),
             "tasks": sorted(self._sources),
-            "plans": [assignment.facts() for assignment in self._plans.all()],
-            "waiting": [entry.facts() for entry in self._outbox.waiting()],
-            "received_bytes": self._fetcher.received_bytes,
-            "sent_bytes": self._sender.sent_bytes,
-            "network": self._line.facts(),
-            "round_trip_s": self._stream.round_trip_s,
+            **traffic(self._plans, self._outbox, self._fetcher, self._sender, self._line),
         }
 
     def _pause(self, paused: bool) -> None:

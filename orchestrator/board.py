@@ -31,6 +31,7 @@ class _Live:
     begun_at: float | None = None  # what was done of the training when it was first heard of
     finishing: bool = False  # it was told to; so being counted does not mean that all is done
     partial: bool = False
+    from_round: int | None = None
     loss: float | None = None
     learning_rate: float | None = None
     examples: int | None = None
@@ -75,6 +76,7 @@ class _Live:
             planned=self.planned,
             unit=self.unit,
             partial=self.partial,
+            from_round=self.from_round,
             loss=self.loss,
             learning_rate=self.learning_rate,
             examples=self.examples,
@@ -206,6 +208,7 @@ class Board:
         reason: str | None = None,
         finishing: bool = False,
         partial: tuple[float, float, str] | None = None,
+        from_round: int | None = None,
     ) -> None:
         """Facts about a site's part in the round; bytes are added (seen from the site).
 
@@ -225,6 +228,7 @@ class Board:
             row.reason = reason if reason is not None else row.reason
             row.scores.update(scores or {})
             row.finishing = row.finishing or finishing
+            row.from_round = from_round if from_round is not None else row.from_round
             if partial is not None:
                 done, row.planned, row.unit = partial
                 row.partial, row.done = True, done or None

@@ -97,7 +97,7 @@ class Heads:
             refuse("index and header name different manifests", "manifest")
         if header.partial and not (plan.kind == "train" and self._takes_partial(plan.run)):
             refuse("it is partial work, which the run does not take", "partial")
-        if plan.kind != "init" and header.base not in (plan.base, *plan.accepts):
+        if plan.kind != "init" and header.base != plan.base:
             refuse(
                 f"it was trained from the base {header.base[:12] or '(none)'}, "
                 f"the plan accepts {plan.base[:12]}",

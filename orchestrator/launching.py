@@ -103,6 +103,12 @@ def _check_strategies(engine: Engine, config: RunConfig) -> RunConfig:
     checked = engine.ask(
         "check_stack", {"stack": [c.model_dump(mode="json") for c in config.stack]}
     )
+    if config.cohort.stale and checked["passing"]:
+        raise ConfigInvalid(
+            f"run.toml: cohort.stale: what {' and '.join(checked['passing'])} sends beside its weights"
+            " belongs to the model of its round and can't count in a later one; leave out one of them",
+            key="cohort.stale",
+        )
     missing = AT_THE_ORCHESTRATOR & set(checked["needs"])
     holdout, here = config.assess.holdout, config.task.name in engine.config.tasks
     if (missing or holdout) and not here:

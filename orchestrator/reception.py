@@ -20,6 +20,7 @@ from protos.errors import (
     InvalidInput,
     ManifestInvalid,
     NotFound,
+    NotYet,
     OutOfSpace,
     RoundClosed,
     Unavailable,
@@ -74,6 +75,8 @@ class Reception:
                     reach("receive.settled")
                     self._intake.forget(site, announced.digest)
                     return settled
+                if row is not None:
+                    self._ledger.awaits(row, announced.header.base)
                 self._recorder.moved(site, sent=self._intake.receive(file, chunks, site))
                 if not file.complete:
                     missing = sum(end - first for first, end in file.missing())
@@ -120,7 +123,7 @@ class Reception:
 
     def _put_off(self, site: str, error: FarflungError) -> FarflungError:
         """What the site is told, and an operator where it is no matter of the bytes' way here."""
-        if not isinstance(error, InvalidInput):
+        if not isinstance(error, InvalidInput | NotYet):
             self._recorder.troubled(site, f"a contribution can't be taken in: {error.message}")
         return error
 
@@ -131,6 +134,10 @@ class Reception:
         if row is not None and row.answer in ("counted", "late", "refused"):
             final = _answer(row.answer, plan_id, row.contribution, row.error, row.message)
             return site_pb2.StatusReply(known=True, answer=final)
+        elsewhere = None if row is None or row.answer else self._ledger.counted_for(row)
+        if elsewhere is not None:
+            found = _answer("counted", elsewhere.id, elsewhere.contribution)
+            return site_pb2.StatusReply(known=True, answer=found)
         missing = self._intake.missing(caller, plan_id)
         return site_pb2.StatusReply(
             known=missing is not None,

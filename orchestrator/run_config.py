@@ -36,6 +36,10 @@ class CohortSection(Section):
             starts, the task loads) does not run against it, up to as long again.
         partial: Whether a site that is still training shortly before the deadline contributes what it
             has done by then. It weighs its examples times the part of the work that was done.
+        stale: From how many rounds back work still counts. A site that is not done when a round is closed
+            goes on, and what it has then counts in the round that is open when it comes, in place of its
+            work for that one, with its weight divided by the root of one plus the models that were made
+            meanwhile. 0: it is too late. Needs a quorum below "all", or no round closes without a site.
         attempts: Attempts of one round before the run is paused.
     """
 
@@ -43,6 +47,7 @@ class CohortSection(Section):
     quorum: int | Literal["all"] = "all"
     deadline_s: float = Field(3600.0, gt=0)
     partial: bool = False
+    stale: int = Field(0, ge=0, le=100)
     attempts: int = Field(3, ge=1, le=100)
 
     @field_validator("quorum")
@@ -54,6 +59,10 @@ class CohortSection(Section):
 
     @model_validator(mode="after")
     def _reachable(self) -> CohortSection:
+        if self.stale and self.quorum == "all":
+            raise ValueError(
+                'stale needs a quorum below "all": with "all" no round is closed without a site'
+            )
         if self.sites != "all":
             if len(set(self.sites)) != len(self.sites) or not self.sites:
                 raise ValueError("sites must be different names, at least one")

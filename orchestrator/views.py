@@ -86,6 +86,7 @@ class SiteWork(View):
         phases: The timeline, oldest first.
         done: Of ``planned``, in ``unit``.
         partial: Its work was cut before the deadline; ``done`` of it is in its contribution.
+        from_round: The earlier round for which what counts here was done; None for this one.
         waits_until: No window of the site is open: when one opens, Unix time.
         scores: Scores of the candidate at this site, by name.
     """
@@ -99,6 +100,7 @@ class SiteWork(View):
     planned: float | None = None
     unit: str = ""
     partial: bool = False
+    from_round: int | None = None
     loss: float | None = None
     learning_rate: float | None = None
     examples: int | None = None

@@ -12,7 +12,8 @@
     ├── NotFound                a run, round, site, model or strategy that isn't there
     ├── Conflict                the thing exists already or is in another state
     │   ├── HomeLocked          a second daemon on one home, a second agent on one folder
-    │   └── RoundClosed         the answer came after the round was closed ("late")
+    │   ├── RoundClosed         the answer came after the round was closed ("late")
+    │   └── NotYet              it counts in the next round, which is not open yet; sent again then
     ├── Unavailable             the other end can't be reached now; trying again helps
     ├── DeadlineExceeded        the quorum was not there at the deadline
     ├── OutOfSpace              disk or memory reserved for a round is not there
@@ -93,6 +94,10 @@ class RoundClosed(Conflict):
     """The answer came after its round was closed."""
 
 
+class NotYet(Conflict):
+    """The answer counts in the next round, which is not open yet."""
+
+
 class Unavailable(FarflungError):
     """The other end can't be reached now."""
 
@@ -145,6 +150,7 @@ ERRORS: dict[type[FarflungError], Row] = {
     Conflict: Row("FAILED_PRECONDITION", 75, "It is not in a state that allows this."),
     HomeLocked: Row("FAILED_PRECONDITION", 75, "Another process uses this folder."),
     RoundClosed: Row("FAILED_PRECONDITION", 75, "The round was closed before this came."),
+    NotYet: Row("FAILED_PRECONDITION", 75, "It counts in the next round, which is not open yet."),
     Unavailable: Row("UNAVAILABLE", 69, "The other end can't be reached now."),
     DeadlineExceeded: Row("DEADLINE_EXCEEDED", 75, "The deadline passed below the quorum."),
     OutOfSpace: Row("RESOURCE_EXHAUSTED", 74, "There is not enough space."),

@@ -176,7 +176,9 @@ class Plan(Frozen):
         site: To whom it is addressed.
         base: Digest of the model's index; empty for init.
         manifest: Digest of the shared part's manifest; empty for init.
-        accepts: Digests of the bases from which a contribution may come.
+        accepts: Digests of bases, the round's own first, then older ones: work that the site was asked
+            for in an earlier round counts for this plan, in place of its own, if it came from one of
+            them (`takes`).
         frozen: Digest of the index of the frozen part; empty if there is none.
         groups: Tensor groups covered; None for all.
         task: Which task.
@@ -228,6 +230,10 @@ class Plan(Frozen):
         decides = self.model_dump(mode="json", exclude={"attempt", "deadline_s", "accepts"})
         return digest(canonical(decides))
 
+    def takes(self, base: str) -> bool:
+        """Whether work for an earlier round, done from that base, counts for this plan."""
+        return len(self.accepts) > 1 and base in self.accepts
+
     @classmethod
     def decode(cls, data: bytes) -> Plan:
         """The plan of some received bytes.
@@ -244,6 +250,12 @@ class Plan(Frozen):
         if plan.encode() != data:
             raise ManifestInvalid("plan: not in canonical form")
         return plan
+
+
+def round_of(plan_id: str) -> int:
+    """Which round a plan is of; -1 where the text names none."""
+    parts = plan_id.split("/")
+    return int(parts[1]) if len(parts) == 4 and parts[1].isdecimal() else -1
 
 
 _TAG = re.compile(r"int|.*\[.*", re.DOTALL)

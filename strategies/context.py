@@ -194,7 +194,7 @@ class Cohort:
         sites: Site names, n of them.
         examples: Training examples, (n,) float64.
         losses: Mean training loss, (n,) float64, NaN where a site's policy hides it.
-        staleness: Rounds between the contribution's base and this round's, (n,) int64.
+        staleness: Models that were made between the contribution's base and this round's, (n,) int64.
         payloads: Unmerged side payloads with merge rule "keep per site": name to (n, …).
         groups: Names of the weight groups of the manifest.
         norms: L2 norms of the updates over parameters, (n,) float64, if needed.

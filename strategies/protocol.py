@@ -259,6 +259,16 @@ class Strategy(BaseModel):
         """``needs`` with these hyperparameters, some of which may make one needless."""
         return self.needs
 
+    @property
+    def lasts(self) -> bool:
+        """Whether what ``encode`` gives can be added to a newer model than the one that it was made of.
+
+        A difference to its own base can; what describes the site's model cannot. Where not, a run with
+        ``[cohort] stale`` is refused at launch. Override it where ``encode`` sends nothing beside the
+        update.
+        """
+        return self.wire_codec or not self.overrides("encode")
+
     @classmethod
     def overrides(cls, hook: str) -> bool:
         """Whether this class has a hook of its own."""

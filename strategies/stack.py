@@ -233,6 +233,8 @@ class Stack:
     def weigh(self, cohort: Cohort) -> Tensor:
         """All ``weigh`` hooks in order, from the example counts: (n, groups) float64.
 
+        Work that is s models old starts from examples / sqrt(1 + s).
+
         A column sums to one, unless a strategy says ``absolute_weights``, or to zero where no site
         has anything to say about the group (its tensors then stay as they are).
 
@@ -240,8 +242,10 @@ class Stack:
             ComputeFailed: A weight is negative or not finite, or their shape is wrong.
         """
         n, width = len(cohort.sites), len(cohort.groups)
-        total = cohort.examples.sum()
-        start = cohort.examples / total if total > 0 else torch.full_like(cohort.examples, 1 / n)
+        fresh = 1 / (1 + cohort.staleness).to(torch.float64).sqrt()
+        counts = cohort.examples * fresh
+        total = counts.sum()
+        start = counts / total if total > 0 else fresh / fresh.sum()
         columns = start.to(torch.float64)[:, None].expand(n, width).clone()
         for s in self.having("weigh"):
             given = [s.weigh(columns[:, g].clone(), cohort) for g in range(width)]

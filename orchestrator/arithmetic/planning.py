@@ -32,6 +32,7 @@ def check_stack(args: dict[str, Any]) -> dict[str, Any]:
         "hooks": {s.name: list(s.hooks()) for s in stack.strategies},
         "fields": {s.name: s.model_dump(mode="json") for s in stack.strategies},
         "codec": stack.codec.name if stack.codec else "",
+        "passing": [s.name for s in stack.strategies if not s.lasts],
     }
 
 

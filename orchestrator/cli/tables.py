@@ -182,6 +182,7 @@ def notes(entry: views.Round) -> str:
     if entry.state == "committed" and not entry.assessed:
         found.append("unassessed")
     found += [f"{s.site} partial: {progress(s)}" for s in entry.sites if s.partial]
+    found += [f"{s.site} from round {s.from_round}" for s in entry.sites if s.from_round]
     found += [f"{p.name} {p.state}: {p.reason}" for p in entry.plugins if p.state != "done"]
     found += [f"{p.name} {cost(p)}" for p in entry.plugins if p.cpu_seconds is not None]
     if entry.held and entry.state == "committed":
@@ -231,6 +232,8 @@ def remark(site: views.SiteWork) -> str:
     """What else is to be known of a site's work."""
     if site.partial:
         return "partial: cut before the deadline"
+    if site.from_round:
+        return f"its work for round {site.from_round}"
     return "does not run against the deadline" if site.state == "preparing" else ""
 
 

@@ -18,7 +18,7 @@ from orchestrator.views import Finding
 from protos.contribution import Header
 from protos.digest import canonical, digest
 from protos.errors import FarflungError
-from protos.plan import Plan
+from protos.plan import Plan, round_of
 
 UNDER_WAY = ("planned", "closed", "held")
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, OSError)
@@ -57,7 +57,7 @@ class Audit:
         self.accepted: dict[str, Accepted] = {}
         self.history: list[Attempt] = []
         self.number, self.digest = 0, ""
-        self._config, self._first, self._rounds = "", "", 0
+        self._config, self._first, self._rounds, self._stale = "", "", 0, 0
         self._reopened: set[tuple[int, int, str]] = set()
         self._lacking: dict[tuple[int, int, str], tuple[int, int]] = {}
 
@@ -146,6 +146,7 @@ class Audit:
             raise Wrong("a run is created once, by its first entry")
         self._config, self._rounds = document["config"], document["rounds"]
         self._first = document.get("model", "")
+        self._stale = line["config"].get("cohort", {}).get("stale", 0)
         if digest(canonical(line["config"])) != self._config:
             raise Wrong("the configuration beside it is another one")
 
@@ -200,6 +201,10 @@ class Audit:
             if plan.kind not in kinds or (plan.kind != "init" and not plan.base):
                 raise Wrong(f"its plan is to {plan.kind}", plan.site)
             one.plans.setdefault((plan.kind, plan.site), {})[plan.work_digest] = plan
+            if plan.kind == "train" and not {*plan.accepts} <= {plan.base, *self._older_bases()}:
+                raise Wrong(
+                    "its plan takes work from a base that the run does not allow", plan.site
+                )
         if found != [name for name in names if name in found] or len(set(names)) != len(names):
             raise Wrong("its plans stand in another order")
         if len(found) != len(names):
@@ -219,10 +224,17 @@ class Audit:
         if name in self.accepted:
             raise Wrong("this contribution was counted before", site)
         one, kind = self._plan_of(document["plan"])
-        self.accepted[name] = Accepted(site, kind, one.round, header.work_digest, header.index)
+        older = round_of(header.plan_id) < one.round
+        if older and any(
+            (a.site, a.plan_id) == (site, header.plan_id) for a in self.accepted.values()
+        ):
+            raise Wrong("another contribution to the same plan was counted", site)
+        self.accepted[name] = Accepted(
+            site, kind, one.round, header.work_digest, header.index, header.plan_id, header.base
+        )
         signature = from_hex(line["signature"])
         self.notary.site(header, carried, signature, document, entry.time)
-        self._count(one, kind, name, header.base)
+        self._count(one, kind, name)
 
     def _carried(self, entry: Entry, document: dict[str, Any], line: dict[str, Any]) -> None:
         name = document["contribution"]
@@ -232,28 +244,46 @@ class Audit:
         before = self.accepted[name]
         if (before.round, before.kind) != (one.round, kind):
             raise Wrong(f"it was accepted for round {before.round}, {before.kind}", before.site)
-        self._count(one, kind, name, one.base)
+        self._count(one, kind, name)
 
-    def _count(self, one: Attempt, kind: str, name: str, base: str) -> None:
-        """Let a contribution count for the plan that asked its site for that work."""
+    def _count(self, one: Attempt, kind: str, name: str) -> None:
+        """Let a contribution count for the plan that asked its site for that work, or takes it."""
         accepted = self.accepted[name]
-        site, work = accepted.site, accepted.work_digest
+        site, work, base = accepted.site, accepted.work_digest, accepted.base
         given = one.plans.get((kind, site), {})
+        if round_of(accepted.plan_id) < one.round:
+            work, base = self._of_earlier(accepted, given)
         if one.state != ("planned" if kind in CLOSED_IN else "closed"):
             raise Wrong(f"it was counted when the round was {one.state}", site)
         # Of an exchange that was opened again, the plans that were replaced are not here any more.
         exchange = (one.round, one.attempt, kind)
         if work not in given and exchange not in self._reopened and exchange not in self._lacking:
             raise Wrong("the site was not asked for this work", site)
-        if (
-            work in given
-            and kind != "init"
-            and base not in (given[work].base, *given[work].accepts)
-        ):
+        if work in given and kind != "init" and base != given[work].base:
             raise Wrong(f"it comes from the base {base[:12]}, which its plan does not accept", site)
         if (kind, site, work) in one.counted and exchange not in self._reopened:
             raise Wrong("another contribution counts for the same plan", site)
         one.counted[kind, site, work] = name
+
+    def _of_earlier(self, accepted: Accepted, given: dict[str, Plan]) -> tuple[str, str]:
+        """Work and base of the plan for which work for an earlier round counts."""
+        site = accepted.site
+        asked, kind = self._plan_of(accepted.plan_id)
+        work = asked.plans.get((kind, site), {}).get(accepted.work_digest)
+        if kind != "train" or work is None or work.base != accepted.base:
+            raise Wrong(f"the site was not asked for this work in round {asked.round}", site)
+        for name, plan in given.items():
+            if plan.takes(accepted.base):
+                return name, plan.base
+        base = accepted.base[:12]
+        raise Wrong(
+            f"it is work for round {asked.round}, from a base {base} that is not taken", site
+        )
+
+    def _older_bases(self) -> list[str]:
+        """From which a new round may take work for earlier ones."""
+        count = self._stale
+        return [one.base for one in self.history[-count:] if one.round > 0] if count else []
 
     def _closed(self, entry: Entry, document: dict[str, Any], line: dict[str, Any]) -> None:
         one = self._attempt(document, ("planned",))

@@ -8,11 +8,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from orchestrator.ledger import chain, tables
+from orchestrator.ledger import chain, older, tables
 from orchestrator.ledger.plans import (
     Plans,
     find_plan,
     is_open,
+    is_plan,
     lock_exchange,
     no_plan,
     of_attempt,
@@ -21,6 +22,7 @@ from orchestrator.ledger.plans import (
 )
 from orchestrator.ledger.rows import Acceptance, ContributionRow, PlanKind, PlanRow
 from orchestrator.ledger.runs import find
+from protos.contribution import Header
 from protos.digest import digest
 from protos.errors import NotFound
 from protos.faults import reach
@@ -61,12 +63,14 @@ class Contributions(Plans):
         """Count a contribution whose bytes are in the store, or say that it is too late.
 
         In one transaction: counted if its exchange is open; also if it is not, but another plan
-        of the same run, round, kind and site asks for the same work and is open. Otherwise late,
-        recorded without header and signature. Whoever asks again hears the same. A second
-        contribution to a plan that has one is refused.
+        of the same run, round, kind and site asks for the same work and is open, or the site's plan
+        of a later round takes work from its base. Otherwise late, recorded without header and
+        signature. Whoever asks again hears the same. A second contribution to a plan that has one
+        is refused.
 
         Raises:
             NotFound: The site has no such plan.
+            NotYet: The next round takes it, and is not open yet.
         """
         now = self._clock()
         return self._written(lambda db: _accept(db, row, now))
@@ -85,7 +89,7 @@ class Contributions(Plans):
             for plan in select_plans(db, attempts, is_open(), PLANS.c.answer == ""):
                 if not lock_exchange(db, run, round, attempt, plan.kind):
                     continue
-                done = _finished(db, plan)
+                done = _finished(db, plan) or older.carried(db, plan, _taken_back(plan))
                 if done is not None:
                     set_answer(db, plan, "counted", now, contribution=done.digest)
                     document = {"contribution": done.digest, "plan": plan.id}
@@ -93,6 +97,21 @@ class Contributions(Plans):
                     carried.append(done)
                     reach("carry.counted")
         return sorted(carried, key=lambda row: row.site)
+
+    def awaits(self, plan: PlanRow, base: str) -> None:
+        """Look at a closed plan before the bytes of a contribution to it are taken.
+
+        Raises:
+            NotYet: The next round takes it, and is not open yet.
+        """
+        with self._reading() as db:
+            if not plan.answer and not select_plans(db, is_plan(plan), is_open()):
+                older.later_plan(db, plan, base, lock=False)
+
+    def counted_for(self, plan: PlanRow) -> PlanRow | None:
+        """The plan of a later round for which a contribution to a plan counts; None if none does."""
+        with self._reading() as db:
+            return older.counted_for(db, plan)
 
     def contributions(
         self, run: str, round: int, attempt: int, kind: PlanKind | None = None
@@ -186,13 +205,17 @@ def _accept(db: sa.Connection, row: ContributionRow, now: float) -> Acceptance:
     if target is None:
         if plan.answer in ("counted", "refused"):
             return _refused(plan, f"plan {plan.id} has its answer: {plan.answer}")
+        if older.allowed(db, plan):
+            base = Header.decode(row.header).base
+            target = older.later_plan(db, plan, base, lock=True)
+    if target is None:
         _insert(db, plan, row, "late")
         set_answer(db, plan, "late", now)
         reach("accept.late")
         return Acceptance("late", plan.id, _late(plan.id))
     if target.answer in ("counted", "refused", "late"):
         return _refused(target, f"plan {target.id} has its answer: {target.answer}")
-    _insert(db, plan, row, "counted")
+    _insert(db, target if target.round != plan.round else plan, row, "counted")
     reach("accept.inserted")
     set_answer(db, target, "counted", now, contribution=row.digest)
     reach("accept.answered")

@@ -43,7 +43,7 @@ _NEWEST = (
     sa.select(ROUNDS)
     .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.state == "committed")
     .order_by(ROUNDS.c.round.desc())
-    .limit(1)
+    .limit(sa.bindparam("the_count"))
 )
 _IN_THE_WAY = _IN_ORDER.where(
     ROUNDS.c.run == sa.bindparam("the_run"),
@@ -253,9 +253,14 @@ class Rounds(Runs, Exchanges, Signatures):
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""
+        found = self.newest(run, 1)
+        return found[0] if found else None
+
+    def newest(self, run: str, count: int) -> list[RoundRow]:
+        """The newest committed rounds, at most so many, newest first."""
         with self._reading() as db:
-            row = db.execute(_NEWEST, {"the_run": self._id(db, run)}).first()
-        return None if row is None else _round(row)
+            key = {"the_run": self._id(db, run), "the_count": count}
+            return [_round(row) for row in db.execute(_NEWEST, key)]
 
     def attempts(self, run: str, number: int) -> list[RoundRow]:
         """The attempts of one round in order; none if it was not planned yet."""

@@ -214,8 +214,8 @@ class ContributionRow:
         digest: `Header.digest`.
         plan_id: Id of the plan that its header names.
         run: Id of the run.
-        round: Of the round.
-        attempt: Of the attempt that its header names.
+        round: Of the round: later than the one that its header names, if it counts there.
+        attempt: Of the attempt that its header names, or in which it counts in a later round.
         kind: As in the plan.
         site: Who contributed.
         work_digest: As in the header.
@@ -256,7 +256,7 @@ class Acceptance:
     Attributes:
         verdict: counted, late or refused.
         plan_id: Id of the plan that it counts for: of another attempt than its header names
-            if that one was abandoned and the same work was asked for again.
+            if that one was abandoned and the same work was asked for again, or of a later round.
         reason: Why not, in words; empty for counted.
         again: It had been answered before, and this is the same answer.
     """

@@ -13,13 +13,21 @@ CLOSED_IN = ("train", "init")
 
 @dataclass(frozen=True)
 class Accepted:
-    """A contribution that was acknowledged as counted."""
+    """A contribution that was acknowledged as counted.
+
+    Attributes:
+        round: In which it counts; its plan may be of an earlier one.
+        plan_id: The plan that its header names.
+        base: The base that it names.
+    """
 
     site: str
     kind: str
     round: int
     work_digest: str
     index: str
+    plan_id: str
+    base: str
 
 
 @dataclass

@@ -17,7 +17,7 @@ from orchestrator.rounds.engine import (
     Planned,
     payload_specs,
 )
-from orchestrator.rounds.gather import Closed
+from orchestrator.rounds.gather import Closed, goes_on
 from orchestrator.rounds.holdout import with_holdout
 from orchestrator.rounds.plan import plan_rows
 from orchestrator.rounds.refine import refined_by, without
@@ -183,9 +183,9 @@ def _exchange(
     calibration: dict[str, Any],
 ) -> Gathered:
     row = planned.row
-    rows = plan_rows(
-        engine, planned, row.draft["cohort"], kind, candidate.model.shared, calibration
-    )
+    busy = _still_at_work(engine, planned)
+    asked = [site for site in row.draft["cohort"] if site not in busy]
+    rows = plan_rows(engine, planned, asked, kind, candidate.model.shared, calibration)
     engine.ledger.open_exchange(row.run, row.round, row.attempt, kind, rows)
     reach("assess.opened")
     base = small_model(engine.store, candidate.model.shared)
@@ -197,7 +197,20 @@ def _exchange(
     engine.ledger.close_exchange(row.run, row.round, row.attempt, kind)
     reach("assess.closed")
     engine.exchange.cancel(rows, list(gathered.missing), "the assessment was closed")
-    return gathered
+    missing = {
+        **gathered.missing,
+        **dict.fromkeys(busy, f"not asked: it goes on with round {row.round}"),
+    }
+    return replace(gathered, missing=dict(sorted(missing.items())))
+
+
+def _still_at_work(engine: Engine, planned: Planned) -> tuple[str, ...]:
+    """Sites that go on with the round that was closed without them."""
+    row = planned.row
+    if not goes_on(planned):
+        return ()
+    plans = engine.ledger.plans(row.run, row.round, row.attempt)
+    return tuple(p.site for p in plans if p.kind == "train" and not p.answer)
 
 
 def evaluate(engine: Engine, planned: Planned, kind: PlanKind, calibrate: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from orchestrator.small import small_model
 from orchestrator.speeds import Speed, lead_s, speeds_of
 from protos.contribution import Header
 from protos.faults import reach
+from protos.plan import round_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ def gather(engine: Engine, planned: Planned) -> Closed | Gathered:
     reach("round.closing")
     ledger.close_round(row.run, row.round, row.attempt, None, reason)
     reach("round.closed")
-    engine.exchange.cancel(plans, list(gathered.missing), "the round was closed")
+    if not goes_on(planned):
+        engine.exchange.cancel(plans, list(gathered.missing), "the round was closed")
     closed = closed_set(engine, planned, plans, reason, gathered.missing)
     return replace(closed, speeds=speeds)
+
+
+def goes_on(planned: Planned) -> bool:
+    """Whether sites that are still at work go on: what they have then counts in the next round."""
+    return bool(planned.config.cohort.stale) and planned.row.round < planned.run.rounds
 
 
 def _terms(planned: Planned, plans: list[PlanRow]) -> Terms:
@@ -84,6 +91,11 @@ def closed_set(
         engine.board.note(contribution.site, norm=contribution.norm)
         for text in odd(contribution, header, before.get(site, "")):
             engine.note("warning", row.run, row.round, contribution.site, text)
+        if (asked := round_of(contribution.plan_id)) != row.round:
+            text = (
+                f"site {contribution.site}: its work for round {asked} counts in round {row.round}"
+            )
+            engine.note("info", row.run, row.round, contribution.site, text)
     known = missing or {}
     left_out = {
         p.site: known.get(p.site) or p.message or "did not answer in time"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.ledger import PlanKind, PlanRow, RoundRow, RunRow
@@ -54,7 +54,11 @@ def _warn(engine: Engine, row: RoundRow, before: RoundRow, config: RunConfig) ->
     deadline, work = config.cohort.deadline_s, row.draft["work"]
     speeds = speeds_of(before.summary)
     asked = ", ".join(f"{amount:g} {unit}" for unit, amount in work.items() if amount is not None)
-    then = "it is asked for what it has by then" if config.cohort.partial else "it may be missing"
+    then = "it may be missing"
+    if config.cohort.partial:
+        then = "it is asked for what it has by then"
+    elif config.cohort.stale:
+        then = "what it has later counts in the next round"
     for site, needs in too_slow(speeds, row.draft["cohort"], work, deadline).items():
         text = (
             f"site {site} is not expected to make the deadline of round {row.round}: {asked} take it "
@@ -114,6 +118,8 @@ def _draw_up(
         "frozen": base.frozen,
         "covered": None,
     }
+    if config.cohort.stale:
+        draft["accepts"] = [base.shared, *_older_bases(engine, run, draft, config.cohort.stale)]
     row = RoundRow(
         run=run.id,
         round=number,
@@ -126,6 +132,19 @@ def _draw_up(
     )
     planned = Planned(config, run, row, base, before)
     return row, plan_rows(engine, planned, drawn["cohort"], "train", base.shared)
+
+
+ALIKE = ("stack", "payload", "manifest", "groups", "covered")
+"""What two rounds have in common if the work for one can count in the other: the strategies that act, what
+they tell the sites, and the tensors."""
+
+
+def _older_bases(engine: Engine, run: RunRow, draft: dict[str, Any], stale: int) -> Iterator[str]:
+    """The bases of the newest rounds in the history, newest first, as long as they are alike."""
+    for row in engine.ledger.newest(run.id, stale):
+        if row.round == 0 or any(row.draft.get(key) != draft.get(key) for key in ALIKE):
+            return
+        yield row.base
 
 
 def _draft(
@@ -180,7 +199,7 @@ def _plan_of(
         site=site,
         base=base,
         manifest=draft["manifest"],
-        accepts=(base,),
+        accepts=tuple(draft.get("accepts", (base,))) if kind == "train" else (base,),
         frozen=draft["frozen"],
         groups=None if draft["covered"] is None else tuple(draft["covered"]),
         task=config.task,

@@ -15,6 +15,7 @@ from protos.contribution import Header
 from protos.digest import digest
 from protos.faults import reach
 from protos.manifest import CHUNK_BYTES, Index, Manifest
+from protos.plan import round_of
 
 RUNS_PER_WORKER = 4
 """Runs of tiles for each worker: few enough that their cost does not show, enough to balance."""
@@ -87,12 +88,14 @@ def job_of(
     """The document of `arithmetic.job.Job`; its outputs are names that no other attempt has."""
     store, draft, before = engine.store, planned.row.draft, planned.before.outer_state
     headers = [Header.decode(c.header) for c in rows]
+    ages = {base: age for age, base in reversed([*enumerate(draft.get("accepts", ()))])}
     for header in headers:
         engine.board.note(
             header.site,
             examples=header.examples,
             loss=header.metrics.get("train_loss"),
             partial=_cut(header, draft["work"]) if header.partial else None,
+            from_round=asked if (asked := round_of(header.plan_id)) != planned.row.round else None,
         )
     payloads = [payload_specs(engine, c, folder) for c in rows]
     return {
@@ -125,7 +128,7 @@ def job_of(
             "sites": [h.site for h in headers],
             "examples": [float(h.examples) for h in headers],
             "losses": [h.metrics.get("train_loss") for h in headers],
-            "staleness": [0 if h.base == planned.base.shared else 1 for h in headers],
+            "staleness": [ages.get(h.base, 0) for h in headers],
             "payloads": _kept_per_site(payloads),
         },
         "pool": {

@@ -204,7 +204,10 @@ class Agent:
             return
         reach("plan.heard")
         assignment = Assignment(plan)
-        finished = self._outbox.of_work(plan.work_digest)
+        for older in self._plans.overtaken(plan):
+            if self._outbox.of_work(older.plan.work_digest) is None:  # it would have its answer
+                self._drop(older, f"round {plan.round} has begun")
+        finished = self._outbox.of_work(plan.work_digest) or self._outbox.for_earlier(plan)
         if finished is not None:
             self._journal.info("this work is finished already", plan=plan.id)
             reach("plan.known")
@@ -212,7 +215,7 @@ class Agent:
                 finished.plans.append(plan.id)
             self._plans.add(assignment)
             self.moved(assignment, told(plan.id, site_pb2.Progress.SENDING))
-            self._sender.nudge()
+            self._sender.nudge(finished.digest)
             return
         try:
             self._policy.check_plan(plan)
@@ -247,12 +250,19 @@ class Agent:
         with self.turn:
             if (assignment := self._plans.get(plan_id)) is None:
                 return
-            self._journal.info("plan cancelled", plan=plan_id, reason=reason)
-            assignment.cancelled = True
-            reach("plan.cancelled")
-            self.closed(plan_id, again=True)
-            self._worker.cancel(plan_id)
-            self._hand_on(assignment)
+            self._drop(assignment, reason)
+            leader = assignment.leader
+            if leader is not None and leader.plan.round < assignment.plan.round:
+                self._cancelled(leader.plan.id, reason)  # nobody waits for that work any more
+
+    def _drop(self, assignment: Assignment, reason: str) -> None:
+        plan_id = assignment.plan.id
+        self._journal.info("plan cancelled", plan=plan_id, reason=reason)
+        assignment.cancelled = True
+        reach("plan.cancelled")
+        self.closed(plan_id, again=True)
+        self._worker.cancel(plan_id)
+        self._hand_on(assignment)
 
     def _renew(self) -> None:
         try:

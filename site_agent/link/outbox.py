@@ -27,6 +27,7 @@ from protos.errors import DataCorrupt, FarflungError
 from protos.faults import reach
 from protos.identity import Key, sign_header
 from protos.manifest import Index
+from protos.plan import Plan, round_of
 from protos.spares import LEAST_BYTES
 from protos.v1 import site_pb2
 from site_agent.home import Home
@@ -164,6 +165,20 @@ class Outbox:
     def of_work(self, work_digest: str) -> Entry | None:
         """The waiting contribution that did this work."""
         return next((e for e in self.waiting() if e.header.work_digest == work_digest), None)
+
+    def for_earlier(self, plan: Plan) -> Entry | None:
+        """The waiting contribution to an earlier round that counts for a plan."""
+        return next(
+            (
+                e
+                for e in self.waiting()
+                if e.run == plan.run
+                and e.header.kind == plan.kind == "train"
+                and round_of(e.header.plan_id) < plan.round
+                and plan.takes(e.header.base)
+            ),
+            None,
+        )
 
     def find(self, contribution: str, plan_id: str) -> Entry | None:
         """The waiting contribution of that digest, else the one that answers that plan."""

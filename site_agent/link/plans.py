@@ -5,14 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic
 from typing import Any
 
-from protos.plan import Plan
+from protos.plan import Plan, round_of
 from protos.v1 import site_pb2
 
 REMEMBERED = 256
 """How many plans that ended are remembered, so that one that comes again is answered, not done."""
+
+
+def order_of(plan_id: str) -> tuple[int, int]:
+    """Round and attempt of a plan, by which those of one run and kind stand in order."""
+    return round_of(plan_id), attempt_of(plan_id)
 
 
 def attempt_of(plan_id: str) -> int:
@@ -34,6 +40,17 @@ def told(
     )
 
 
+def precedes(older: Plan, newer: Plan) -> bool:
+    """Whether a plan is to train for an earlier round of the same run."""
+    of_run = older.run == newer.run and older.kind == newer.kind == "train"
+    return of_run and older.round < newer.round
+
+
+def serves(older: Plan, newer: Plan) -> bool:
+    """Whether the work for an earlier round counts for a newer plan."""
+    return precedes(older, newer) and newer.takes(older.base)
+
+
 @dataclass
 class Assignment:
     """One open plan.
@@ -49,10 +66,11 @@ class Assignment:
         prepared_s: Seconds that it has spent preparing, without the stretch under way.
         preparing_since: When that began, on the monotonic clock; None while it does not prepare.
         finishing: The deadline is near, and the orchestrator wants what is done by then.
+        begun: The work is under way here.
         cancelled: The orchestrator does not want it any more.
         begun_again: Its trainer was killed from outside, and another one took it up.
         leader: The one whose work this one shares: another attempt of the same work was under way
-            already when it came, and is not done twice.
+            already when it came, and is not done twice; or work for an earlier round that counts for it.
     """
 
     plan: Plan
@@ -65,6 +83,7 @@ class Assignment:
     prepared_s: float = 0.0
     preparing_since: float | None = None
     finishing: bool = False
+    begun: bool = False
     cancelled: bool = False
     begun_again: bool = False
     leader: Assignment | None = None
@@ -75,11 +94,14 @@ class Assignment:
         self.done, self.planned, self.unit = progress.done, progress.planned, progress.unit
         said = site_pb2.Progress()
         said.CopyFrom(progress)
-        said.plan_id, said.prepared_s = self.plan.id, (self.leader or self).prepared
+        # What was prepared in an earlier round did not hold this one up.
+        same = self.leader if self.leader and self.leader.plan.round == self.plan.round else self
+        said.plan_id, said.prepared_s = self.plan.id, same.prepared
         return said
 
     def prepares(self, still: bool) -> None:
         """The trainer starts or loads the task for it, or does so no more."""
+        self.begun = self.begun or still
         self.prepared_s, self.preparing_since = self.prepared, monotonic() if still else None
 
     @property
@@ -121,14 +143,25 @@ class OpenPlans:
     def add(self, assignment: Assignment) -> bool:
         """Open a plan; False if it is open already. One whose work is under way follows it."""
         with self._lock:
-            if assignment.plan.id in self._open:
+            plan = assignment.plan
+            if plan.id in self._open:
                 return False
-            digest = assignment.plan.work_digest
-            same = (a for a in self._open.values() if a.plan.work_digest == digest)
-            leaders = (a for a in same if a.leader is None and not a.cancelled)
-            assignment.leader = next(leaders, None)
-            self._open[assignment.plan.id] = assignment
+            leaders = [a for a in self._open.values() if a.leader is None and not a.cancelled]
+            same = (a for a in leaders if a.plan.work_digest == plan.work_digest)
+            older = (a for a in leaders if a.begun and serves(a.plan, plan))
+            assignment.leader = next(chain(same, older), None)
+            self._open[plan.id] = assignment
             return True
+
+    def overtaken(self, plan: Plan) -> list[Assignment]:
+        """Open plans of earlier rounds that a newer plan makes needless, newest first.
+
+        All but the one whose work is under way, if it counts for the newer plan.
+        """
+        with self._lock:
+            older = [a for a in self._open.values() if precedes(a.plan, plan)]
+        older.sort(key=lambda a: order_of(a.plan.id), reverse=True)
+        return [a for a in older if not (a.leader is None and a.begun and serves(a.plan, plan))]
 
     def followers(self, leader: Assignment) -> list[Assignment]:
         """Open plans that share another one's work, in the order in which they came."""

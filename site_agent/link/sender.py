@@ -22,7 +22,7 @@ from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox, Verdict
-from site_agent.link.plans import attempt_of
+from site_agent.link.plans import order_of
 from site_agent.link.wire import Wire, backoff
 
 STATUS_TIMEOUT_S = 30.0
@@ -102,9 +102,11 @@ class Sender:
 
     # -- from other threads ----------------------------------------------------------------------
 
-    def nudge(self) -> None:
-        """Something is new in the outbox."""
+    def nudge(self, contribution: str = "") -> None:
+        """Something is new in the outbox, or is to be sent now that was to wait."""
         with self._condition:
+            self._not_before.pop(contribution, None)
+            self._waits.pop(contribution, None)
             self._condition.notify_all()
 
     def attached(self, welcome: site_pb2.Welcome | None) -> None:
@@ -363,10 +365,10 @@ class Sender:
             answered_for = answer.plan_id or entry.header.plan_id
             self._ears.closed(answered_for)
             reach("contribute.settled")
-            # An answer for one attempt says that those before it are over.
-            for plan_id in (p for p in entry.plans if attempt_of(p) < attempt_of(answered_for)):
+            # An answer for one attempt, or round, says that those before it are over.
+            for plan_id in (p for p in entry.plans if order_of(p) < order_of(answered_for)):
                 self._ears.closed(plan_id)
-            self.ask(p for p in entry.plans if attempt_of(p) > attempt_of(answered_for))
+            self.ask(p for p in entry.plans if order_of(p) > order_of(answered_for))
 
 
 def _theirs(error: FarflungError) -> FarflungError:

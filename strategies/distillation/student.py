@@ -78,6 +78,11 @@ class Student(EnsembleDistillation):
     balance: bool = True
     teacher: Teacher = "average"
 
+    @property
+    def lasts(self) -> bool:
+        """See `Strategy.lasts`: unless calibration weighs the teachers, nothing else is sent."""
+        return self.teacher != "calibration" or self.steps == 0
+
     def encode(
         self, update: Update, plan: Plan, state: dict[str, Tensor]
     ) -> tuple[Update, dict[str, Tensor]]:

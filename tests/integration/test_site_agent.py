@@ -16,7 +16,7 @@ from protos.identity import fingerprint, load_certificate, verify_header
 from protos.manifest import Manifest
 from protos.plan import Plan, Work
 from protos.tensors import map_file
-from protos.v1 import site_pb2
+from protos.v1 import common_pb2, site_pb2
 from tests.support.files import wait_for
 from tests.support.sites import (
     RunningAgent,
@@ -352,6 +352,52 @@ def test_a_cancelled_plan_stops_and_the_next_one_runs(site: Site) -> None:
     site.orchestrator.offer(healthy)
     site.orchestrator.contribution(healthy)
     assert not any(c[0].plan_id == plan.id for c in site.orchestrator.contributions.values())
+
+
+def test_work_that_counts_for_a_later_round_is_finished_and_that_rounds_not_begun(
+    site: Site,
+) -> None:
+    orchestrator = site.orchestrator
+
+    def at_work(takes: bool) -> tuple[Plan, Plan]:
+        """A plan under way, and one of the next round that was offered then."""
+        first = site.plan(params={"trouble": "slow"}, work=Work(steps=8))
+        second = site.plan(params={"trouble": "slow"}, work=Work(steps=1), seed=8)
+        accepts = (second.base, first.base if takes else "0" * 64)
+        second = second.model_copy(update={"run": first.run, "round": 2, "accepts": accepts})
+        orchestrator.offer(first)
+        orchestrator.until(lambda: site.is_training(first), "training")
+        orchestrator.offer(second)
+        return first, second
+
+    def begun(plan: Plan) -> bool:
+        events = site.agent.events()
+        return any(e["event"] == "plan begins" and e.get("plan") == plan.id for e in events)
+
+    first, second = at_work(takes=True)
+    orchestrator.answers[first.id] = (common_pb2.Answer.COUNTED, second.id)
+    assert orchestrator.contribution(first)[0].steps == 8
+    assert site.is_training(second), "it is told of as what is asked now"
+    third = second.model_copy(update={"round": 3, "accepts": (second.base, second.base)})
+    orchestrator.offer(third)
+    assert orchestrator.contribution(third)[0].plan_id == third.id
+    assert not begun(second)
+
+    first, second = at_work(takes=True)
+    orchestrator.answers[first.id] = (common_pb2.Answer.LATE, first.id)
+    orchestrator.contribution(first)
+    orchestrator.contribution(second)  # what did not count is no reason not to do it
+
+    first, second = at_work(takes=False)
+    orchestrator.contribution(second)
+    assert all(header.plan_id != first.id for header, *_ in orchestrator.contributions.values())
+
+    first, second = at_work(takes=True)
+    orchestrator.push(cancel=site_pb2.Cancel(plan_id=second.id, reason="the round was closed"))
+    third = site.plan()
+    orchestrator.offer(third)
+    orchestrator.contribution(third)
+    assert all(header.plan_id != first.id for header, *_ in orchestrator.contributions.values())
 
 
 # -- transfers -------------------------------------------------------------------------------------

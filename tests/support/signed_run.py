@@ -28,6 +28,7 @@ class SignedRun:
     Args:
         root: An empty folder.
         config: Of the daemon, TOML.
+        stale: From how many rounds back work counts.
 
     Attributes:
         bench: The workbench.
@@ -35,7 +36,7 @@ class SignedRun:
         keys: The sites' keys and certificates.
     """
 
-    def __init__(self, root: Path, config: str = "") -> None:
+    def __init__(self, root: Path, config: str = "", stale: int = 0) -> None:
         self.bench = Workbench(root, config=config)
         self.ledger = self.bench.ledger
         self.authority = Authority("f-signed")
@@ -56,7 +57,9 @@ class SignedRun:
                 certificate_pem=certificate_pem(certificate),
                 expires=later,
             )
-        self.bench.run(RUN, rounds=9)
+        self.stale = stale
+        more = {"cohort": f"{{ quorum = 1, stale = {stale} }}"} if stale else {}
+        self.bench.run(RUN, rounds=9, **more)
         self.bench.commit(RUN, 0, self.model(0.0))
 
     def model(self, value: float) -> str:
@@ -77,7 +80,7 @@ class SignedRun:
                     site=site,
                     base=base,
                     manifest=MODEL.digest,
-                    accepts=(base,),
+                    accepts=(base, *(self.older_bases() if kind == "train" else ())),
                     task=TaskChoice(name="t"),
                     work=Work(steps=1),
                     schedule=Schedule(lr=0.1),
@@ -86,9 +89,13 @@ class SignedRun:
             for site in SITES
         ]
 
-    def sent(self, plan: PlanRow, base: str) -> ContributionRow:
-        """What a site sends for a plan, signed."""
-        seed = float(plan.round * 10 + SITES.index(plan.site))
+    def older_bases(self) -> list[str]:
+        """From which a new round takes work for earlier ones."""
+        return [row.base for row in self.ledger.newest(RUN, self.stale) if row.round > 0]
+
+    def sent(self, plan: PlanRow, base: str, more: float = 0.0) -> ContributionRow:
+        """What a site sends for a plan, signed; with ``more`` something else."""
+        seed = float(plan.round * 10 + SITES.index(plan.site)) + more
         key, certificate = self.keys[plan.site]
         row = self.bench.contribution(
             plan.site,

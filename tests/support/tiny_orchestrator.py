@@ -54,6 +54,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.break_upload_after: int | None = None
         self.break_fetch_after: int | None = None
         self.verdict: Any = common_pb2.Answer.COUNTED
+        self.answers: dict[str, tuple[Any, str]] = {}  # to plans, where others than `verdict`
         self.turn_bytes = self.small_bytes = 0
         self.put_off: list[str] = []  # errors of the next answers that have no verdict
         self.hang_up = False  # the stream ends instead of an answer, once
@@ -244,9 +245,11 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         kept = self.folder / f"{header.digest}.payload"
         kept.write_bytes(came.data)
         self._keep(header, came.head, kept)
-        return common_pb2.Answer(
-            verdict=self.verdict, plan_id=header.plan_id, contribution=header.digest
-        )
+        return self._answer(header)
+
+    def _answer(self, header: Header) -> common_pb2.Answer:
+        verdict, plan_id = self.answers.get(header.plan_id, (self.verdict, header.plan_id))
+        return common_pb2.Answer(verdict=verdict, plan_id=plan_id, contribution=header.digest)
 
     def _keep(self, header: Header, head: site_pb2.ContributionHead, payload: Path) -> None:
         entry = (header, head.signature, Index.decode(head.index), payload)
@@ -297,9 +300,7 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         kept = self.folder / f"{header.digest}.payload"
         shutil.move(self.folder / index.digest, kept)
         self._keep(header, head, kept)
-        return common_pb2.Answer(
-            verdict=self.verdict, plan_id=header.plan_id, contribution=header.digest
-        )
+        return self._answer(header)
 
     def _in_turn(self, said: Any, context: Any) -> Iterator[Any]:
         """The messages; none should come before the initial metadata, which come with the turn."""

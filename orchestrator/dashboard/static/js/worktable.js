@@ -30,6 +30,11 @@ function domainOf(round, now) {
 }
 
 function doneWords(row) {
+  const words = amountWords(row);
+  return row.from_round ? `${words} for round ${row.from_round}`.trim() : words;
+}
+
+function amountWords(row) {
   if (row.partial)
     return row.done === null
       ? "partial"
@@ -253,6 +258,7 @@ export class WorkTable {
       "planned",
       "unit",
       "partial",
+      "from round",
       "loss",
       "examples",
       "examples/s",
@@ -269,6 +275,7 @@ export class WorkTable {
       r.planned,
       r.unit,
       r.partial,
+      r.from_round,
       r.loss,
       r.examples,
       r.examples_per_s,

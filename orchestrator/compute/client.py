@@ -89,6 +89,10 @@ class _Child:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class _NotSentError(Exception):
+    """The process ended before it heard of the request."""
+
+
 class ComputeClient(Compute):
     """Compute in a confined process of its own, with Ray.
 
@@ -133,11 +137,28 @@ class ComputeClient(Compute):
     def call(self, op: str, args: dict[str, Any], timeout_s: float) -> Any:
         """Does one operation in the compute process; see ``Compute.call``."""
         deadline = time.monotonic() + timeout_s
-        child, _ = self._ready(deadline, timeout_s)
+        while True:
+            child, _ = self._ready(deadline, timeout_s)
+            try:
+                return self._ask(child, op, args, timeout_s, deadline)
+            except _NotSentError as error:
+                if not self._gone(child, deadline):
+                    message = f"compute ended before {op} was sent"
+                    raise errors.ComputeDied(message, op=op) from error
+
+    def _gone(self, child: _Child, deadline: float) -> bool:
+        """Waits until a dead process is known to be: who asks again must not meet it twice."""
+        with self._state:
+            left = max(0.0, deadline - time.monotonic())
+            return self._state.wait_for(lambda: self._child is not child, left)
+
+    def _ask(
+        self, child: _Child, op: str, args: dict[str, Any], timeout_s: float, deadline: float
+    ) -> Any:
         number, answer = next(self._ids), Future[Any]()
         with self._state:
             if child is not self._child:
-                raise errors.ComputeDied(f"compute ended before {op} was sent", op=op)
+                raise _NotSentError
             child.pending[number] = answer
         left = max(0.1, deadline - time.monotonic())
         try:
@@ -149,7 +170,7 @@ class ComputeClient(Compute):
         except (LineTooLong, TypeError) as error:  # TypeError: the arguments are not JSON
             raise errors.ComputeRefused(f"{op}: {error}", op=op) from error
         except (OSError, ValueError) as error:  # a closed pipe; ValueError: closed on our side
-            raise errors.ComputeDied(f"compute ended before {op} was sent", op=op) from error
+            raise _NotSentError from error
         finally:
             with self._state:
                 child.pending.pop(number, None)

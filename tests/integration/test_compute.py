@@ -256,13 +256,11 @@ def test_after_kill_9_nothing_is_left_and_it_starts_again(
     os.kill(supervisor if victim == "supervisor" else [*named, children[1].pid][0], signal.SIGKILL)
     assert gone(pids)
     # A call that comes while it starts again waits for it.
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            assert compute.map("square", [{"x": 2}], START_S)[0]["square"] == 4
-            break
-        except errors.ComputeDied:  # sent before the death was noticed
-            assert time.monotonic() < deadline
+    try:
+        done = compute.map("square", [{"x": 2}], START_S)
+    except errors.ComputeDied:  # sent before the death was noticed; that happens once
+        done = compute.map("square", [{"x": 2}], START_S)
+    assert done[0]["square"] == 4
     assert compute.restarts == restarts + 1
 
 

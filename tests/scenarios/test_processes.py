@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from protos.faults import Fault
 from tests.support.faulty import ORCHESTRATOR
 from tests.support.field import SITES, Field
 from tests.support.reading import farflung
@@ -103,6 +104,21 @@ def test_a_stopped_daemon_goes_on_and_no_work_is_lost(field: Field) -> None:
     field.federation.resume(ORCHESTRATOR)
     complete(field, run)
     assert {site: field.steps(site) for site in SITES} == dict.fromkeys(SITES, STEPS)
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_ray_that_dies_in_a_round_costs_no_work(field: Field, victim: str) -> None:
+    """Its node or its head, killed between the close of a round and its reduction."""
+    federation = field.federation
+    federation.fail(ORCHESTRATOR, Fault("reduce.begun", do="delay", process="daemon", seconds=1.0))
+    run = federation.launch(field.config(f"no-{victim}", rounds=2, cohort={"quorum": "all"}))
+    federation.await_fault(ORCHESTRATOR)
+    (ray,) = [p for p in federation.family(ORCHESTRATOR) if p.name() == victim]
+    ray.kill()
+    complete(field, run)
+    assert {site: field.steps(site) for site in SITES} == dict.fromkeys(SITES, 2 * STEPS)
+    told = [e.text for e in federation.client.watch(follow=False)]
+    assert any(text.startswith("compute: died") for text in told)
 
 
 # -- what a task does -----------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Audit:
         self.accepted: dict[str, Accepted] = {}
         self.history: list[Attempt] = []
         self.number, self.digest = 0, ""
-        self._config, self._first, self._rounds, self._stale = "", "", 0, 0
+        self._config, self._first, self._rounds = "", "", 0
+        self._cohort: dict[str, Any] = {}  # of the run's configuration
         self._reopened: set[tuple[int, int, str]] = set()
         self._lacking: dict[tuple[int, int, str], tuple[int, int]] = {}
 
@@ -146,7 +147,7 @@ class Audit:
             raise Wrong("a run is created once, by its first entry")
         self._config, self._rounds = document["config"], document["rounds"]
         self._first = document.get("model", "")
-        self._stale = line["config"].get("cohort", {}).get("stale", 0)
+        self._cohort = line["config"].get("cohort", {})
         if digest(canonical(line["config"])) != self._config:
             raise Wrong("the configuration beside it is another one")
 
@@ -223,6 +224,8 @@ class Audit:
             raise Wrong("the header beside it is another contribution's", site)
         if name in self.accepted:
             raise Wrong("this contribution was counted before", site)
+        if header.partial and not self._cohort.get("partial", False):
+            raise Wrong("it is partial work, which the run does not take", site)
         one, kind = self._plan_of(document["plan"])
         older = round_of(header.plan_id) < one.round
         if older and any(
@@ -282,7 +285,7 @@ class Audit:
 
     def _older_bases(self) -> list[str]:
         """From which a new round may take work for earlier ones."""
-        count = self._stale
+        count = self._cohort.get("stale", 0)
         return [one.base for one in self.history[-count:] if one.round > 0] if count else []
 
     def _closed(self, entry: Entry, document: dict[str, Any], line: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from orchestrator.ledger.verification import verify
 from orchestrator.retention import collect
 from orchestrator.verifying import verify_file, verify_run
 from orchestrator.views import Finding, Verification
+from protos.contribution import Header
 from protos.digest import canonical, digest
 from protos.errors import Conflict, InvalidInput, NotFound
 from protos.identity import load_certificate, sign_header
@@ -324,6 +326,18 @@ def texts(findings: tuple[Finding, ...]) -> list[str]:
 def test_a_good_ledger_and_its_store(fresh: SignedRun) -> None:
     result = verify_run(fresh.bench.engine, RUN)
     assert result.problems == result.erased == ()
+
+
+def test_partial_work_in_a_run_that_takes_none_is_found_out(fresh: SignedRun) -> None:
+    plan = fresh.plan(3)[0]
+    row = fresh.sent(plan, fresh.ledger.run(RUN).model)
+    header = Header.decode(row.header).model_copy(update={"partial": True})
+    signature = sign_header(fresh.keys[plan.site][0], header.encode(), row.plan_id, row.site)
+    cut = replace(row, digest=header.digest, header=header.encode(), signature=signature)
+    assert fresh.ledger.accept(cut).verdict == "counted"
+    (text,) = texts(verify_run(fresh.bench.engine, RUN).problems)
+    assert "site east" in text
+    assert "it is partial work, which the run does not take" in text
 
 
 def test_an_eventful_run_is_good(run: SignedRun) -> None:

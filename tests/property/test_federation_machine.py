@@ -7,6 +7,7 @@ signed headers here. What lies between them, and when somebody dies, Hypothesis 
 - no round closes below its quorum, and none changes once it is committed;
 - the answer to a contribution is final, and only an answer empties an outbox;
 - nothing is trained twice unless what was trained first was refused or too late;
+- work for an earlier round counts only where the run allows it, in place of work that is not begun;
 - once everything gets through, everybody has an answer.
 """
 
@@ -34,13 +35,14 @@ from orchestrator.reception import Reception
 from orchestrator.recorder import LedgerRecorder
 from orchestrator.rounds.gather import Closed, gather
 from orchestrator.rounds.plan import plan_row
+from orchestrator.run_config import RunConfig
 from orchestrator.sessions import Session, Sessions
 from protos.chunks import IndexWriter
 from protos.contribution import Header
 from protos.errors import FarflungError
 from protos.identity import certificate_pem
 from protos.manifest import Manifest
-from protos.plan import Plan, Schedule, TaskChoice, Work
+from protos.plan import Plan, Schedule, TaskChoice, Work, round_of
 from protos.v1 import common_pb2, site_pb2
 from site_agent.home import Home
 from site_agent.link.outbox import Entry, Outbox
@@ -98,7 +100,7 @@ class Site:
         """A plan was offered, perhaps not for the first time."""
         if self.plans.answered(plan.id) or plan.id in self.failed:
             return  # this offer was sent before the answer, or it says again how it ended
-        finished = self.outbox.of_work(plan.work_digest)
+        finished = self.outbox.of_work(plan.work_digest) or self.outbox.for_earlier(plan)
         if finished is None:
             self._train(plan)
         elif plan.id not in finished.plans:
@@ -153,12 +155,14 @@ class Message:
 class FederationMachine(RuleBasedStateMachine):
     examples = 0
 
-    @initialize(quorum=st.sampled_from((1, 1, 2, 2, 3)))
-    def begin(self, quorum: int) -> None:
+    @initialize(quorum=st.sampled_from((1, 1, 2, 2, 3)), stale=st.sampled_from((0, 1, 2)))
+    def begin(self, quorum: int, stale: int) -> None:
         self.bench, authority = shared()
         type(self).examples += 1
-        self.run_id, self.quorum = f"r{self.examples}", quorum
-        self.bench.run(self.run_id)
+        self.run_id, self.quorum, self.stale = f"r{self.examples}", quorum, stale
+        row = self.bench.run(self.run_id, cohort=f"{{ quorum = {quorum}, stale = {stale} }}")
+        self.config = RunConfig.from_resolved(row.config)
+        self.bench.ledger.set_run(self.run_id, state="running")
         names = [f"{name}-{self.examples}" for name in NAMES]
         self.sites = [Site(self.bench, authority, name) for name in names]
         self.base = self.bench.put_model(MANIFEST, {"w": torch.zeros(2)})
@@ -192,10 +196,12 @@ class FederationMachine(RuleBasedStateMachine):
 
     def _plan(self, abandoning: str) -> None:
         self.attempt += 1
+        older = self.bench.ledger.newest(self.run_id, self.stale)
+        accepts = (self.base, *(row.base for row in older))
         plans = [
             Plan(
                 run=self.run_id, round=self.number, attempt=self.attempt, site=site.name,
-                base=self.base, manifest=MANIFEST.digest, accepts=(self.base,),
+                base=self.base, manifest=MANIFEST.digest, accepts=accepts,
                 task=TaskChoice(name="t"), work=Work(steps=1), schedule=Schedule(lr=0.1),
             )
             for site in self.sites
@@ -219,7 +225,7 @@ class FederationMachine(RuleBasedStateMachine):
         """The round's thread listens while some messages arrive; then it is interrupted."""
         assert self.row is not None
         row = replace(self.row, started=0.0) if late else self.row
-        planned = replace(self.bench.planned(self.base), row=row)
+        planned = replace(self.bench.planned(self.base), row=row, config=self.config)
         found: list[Closed | Gathered] = []
         thread = threading.Thread(target=lambda: found.append(gather(self.engine, planned)))
         thread.start()
@@ -246,10 +252,16 @@ class FederationMachine(RuleBasedStateMachine):
         assert told == set(inside.values()), "what was acknowledged is what counts"
         for row in how.contributions:
             (site,) = (s for s in self.sites if s.name == row.site)
+            asked = round_of(row.plan_id)
             sent = site.identity.payload(
-                MANIFEST, {"w": torch.tensor([float(self.number), float(len(site.name))])}
+                MANIFEST, {"w": torch.tensor([float(asked), float(len(site.name))])}
             )
             assert self.bench.bytes_of(row.index) == sent
+            assert 0 <= self.number - asked <= self.stale
+            if asked != self.number:
+                own = ledger.plan(self._plan_id(), site.name)
+                assert own is not None
+                assert site.trained[own.work_digest] == 0, "it was done in place of this"
         self.base = self.bench.put_model(
             MANIFEST, {"w": torch.tensor([self.number, self.examples]).float()}
         )
@@ -298,6 +310,15 @@ class FederationMachine(RuleBasedStateMachine):
                 self._arrive(len(self.flying) - 1, again=False)
 
     @rule(i=which)
+    @precondition(lambda self: self.row is not None and self.quorum < len(NAMES))
+    def a_round_goes_by_without(self, i: int) -> None:
+        """A site is too slow: it has done its work, and nothing of it arrived at the deadline."""
+        self.attach(i)
+        self.hear_what_was_pushed(i)
+        self.work({0, 1, 2} - {i}, arrives=True)
+        self.gather_for_a_while(late=True, picks=[])
+
+    @rule(i=which)
     def hear_what_was_pushed(self, i: int) -> None:
         site = self.sites[i]
         if site.session is None:
@@ -312,7 +333,8 @@ class FederationMachine(RuleBasedStateMachine):
         """The trainer died, say; what `ControlService` does when it hears of it."""
         site = self.sites[i]
         for row in self.bench.ledger.open_plans(site.name):
-            if site.outbox.of_work(row.work_digest) is None:
+            plan = Plan.decode(row.plan)
+            if not (site.outbox.of_work(row.work_digest) or site.outbox.for_earlier(plan)):
                 site.failed.add(row.id)
                 self.bench.ledger.answer_plan(row.id, site.name, "failed", "TaskFailed", "it died")
                 self.engine.exchange.failed(site.name, row.id, "TaskFailed", "it died", "failed")

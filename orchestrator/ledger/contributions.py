@@ -12,8 +12,8 @@ from orchestrator.ledger import chain, older, tables
 from orchestrator.ledger.plans import (
     Plans,
     find_plan,
+    in_open_exchange,
     is_open,
-    is_plan,
     lock_exchange,
     no_plan,
     of_attempt,
@@ -105,7 +105,7 @@ class Contributions(Plans):
             NotYet: The next round takes it, and is not open yet.
         """
         with self._reading() as db:
-            if not plan.answer and not select_plans(db, is_plan(plan), is_open()):
+            if not plan.answer and not in_open_exchange(db, plan):
                 older.later_plan(db, plan, base, lock=False)
 
     def counted_for(self, plan: PlanRow) -> PlanRow | None:

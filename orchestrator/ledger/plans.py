@@ -33,11 +33,10 @@ _ANSWER = (
         {n: sa.bindparam(n) for n in ("answer", "error", "message", "answered", "contribution")}
     )
 )
-_LOCK_EXCHANGE = (
-    sa.select(EXCHANGES.c.opened)
-    .where(_same(EXCHANGES, *PARTS), EXCHANGES.c.closed.is_(None))
-    .with_for_update()
+_OPEN_EXCHANGE = sa.select(EXCHANGES.c.opened).where(
+    _same(EXCHANGES, *PARTS), EXCHANGES.c.closed.is_(None)
 )
+_LOCK_EXCHANGE = _OPEN_EXCHANGE.with_for_update()
 
 
 class Plans(Database):
@@ -219,6 +218,12 @@ def set_answer(
             "contribution": contribution,
         },
     )
+
+
+def in_open_exchange(db: sa.Connection, plan: PlanRow) -> bool:
+    """Whether a plan's exchange is open just now."""
+    key = {f"the_{name}": getattr(plan, name) for name in PARTS}
+    return db.execute(_OPEN_EXCHANGE, key).first() is not None
 
 
 def lock_exchange(db: sa.Connection, run: str, round: int, attempt: int, kind: PlanKind) -> bool:

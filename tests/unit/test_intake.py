@@ -29,6 +29,7 @@ from protos.errors import (
     ManifestInvalid,
     NotEnrolled,
     NotFound,
+    NotYet,
     Unavailable,
 )
 from protos.identity import certificate_pem
@@ -270,6 +271,32 @@ def test_finished_work_of_an_abandoned_attempt_counts_in_the_next(hall: Hall) ->
     assert (answer.verdict, answer.plan_id) == (COUNTED, second.id)
     assert hall.heard.counts == [("north", second.id)]
     assert [c.site for c in hall.bench.ledger.contributions("r", 1, 2)] == ["north"]
+
+
+@either_way
+def test_work_for_a_closed_round_waits_for_the_next_one(hall: Hall, whole: bool) -> None:
+    hall.whole, ledger = whole, hall.bench.ledger
+    hall.bench.run("p", cohort="{quorum = 1, stale = 1}")
+    ledger.set_run("p", state="running")
+    plan, data = hall.open(run="p"), hall.data()
+    head = hall.north.head(plan, data, MANIFEST.digest)
+    ledger.close_round("p", 1, 1, None, "the deadline passed")
+    for _ in range(2):
+        with pytest.raises(NotYet, match="site north: round 1 is closed"):
+            hall.send(head, data)
+    assert hall.heard.troubles == [], "nothing is wrong"
+    if not whole:
+        assert hall.heard.sent == 0, "it is said before its bytes are taken"
+    model = hall.bench.put_model(MANIFEST, {**hall.values, "head": torch.ones(3)})
+    ledger.commit_round("p", 1, 1, model=model)
+    later = hall.open(2, run="p", base=model, accepts=(model, hall.base))
+    answer = hall.send(head, data)
+    assert (answer.verdict, answer.plan_id) == (COUNTED, later.id)
+    assert hall.heard.counts == [("north", later.id)]
+    found = hall.status(plan).answer  # as a site asks that did not hear the answer
+    assert (found.verdict, found.plan_id) == (COUNTED, later.id)
+    assert found.contribution == answer.contribution
+    assert hall.send(head, data) == answer
 
 
 # -- interrupted transfers --------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def test_a_site_that_is_always_slow_counts_in_every_next_round(field: Field) -> 
         expected = {site: part / sum(parts.values()) for site, part in parts.items()}
         assert weights == pytest.approx(expected)
         assert f"north from round {number - 1}" in notes(rounds[number])
+    # Nor is it asked to assess what it has no time for.
+    scored = {
+        n: bool(row.scores) for n, r in rounds.items() for row in r.sites if row.site == "north"
+    }
+    assert scored == {1: False, 2: True, 3: False, 4: True, 5: True}
     # Once for each round in which it was slow; what came in place of its work was not begun. The last
     # round has no next one, so that it was told to stop.
     assert 2 * STEPS <= field.steps("north") < 3 * STEPS

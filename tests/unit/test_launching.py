@@ -67,6 +67,12 @@ def test_a_name_that_is_taken_gets_a_number(bench: Workbench) -> None:
 
 
 REFUSALS: list[tuple[str, type[FarflungError], str, dict[str, Any]]] = [
+    (
+        LEAST + "[cohort]\nquorum = 1\nstale = 1\n[[strategy]]\nname = 'feature_replay'\n",
+        ConfigInvalid,
+        "what feature_replay sends beside its weights belongs to the model of its round",
+        {"key": "cohort.stale"},
+    ),
     ("rounds = 2", ConfigInvalid, r"run\.toml: name: ", {"key": "name"}),
     (LEAST.replace("2", "0"), ConfigInvalid, r"run\.toml: rounds: ", {"key": "rounds"}),
     (

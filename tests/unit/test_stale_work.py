@@ -12,13 +12,15 @@ import torch
 from orchestrator.ledger import Acceptance, PlanRow, older
 from orchestrator.ledger.transcript import transcript
 from orchestrator.ledger.verification import verify
+from orchestrator.rounds.plan import plan
 from orchestrator.run_config import parse_run
 from orchestrator.verifying import verify_run
 from protos.errors import ConfigInvalid, NotYet
 from protos.plan import Plan, StrategyChoice
 from strategies.context import Cohort
 from strategies.stack import Stack
-from tests.support.signed_run import RUN, SignedRun
+from tests.support.signed_run import MODEL, RUN, SignedRun
+from tests.support.workbench import Workbench
 
 OTHERS = ("east", "south")
 Made = Callable[[int], SignedRun]
@@ -211,6 +213,34 @@ def test_a_second_one_to_the_same_plan_is_found_out(
     assert accept(run, slow, more=5.0).verdict == "counted"
     (text,) = problems(run)
     assert "another contribution to the same plan was counted" in text
+
+
+# -- what a plan takes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stale", [0, 1, 2])
+def test_a_plan_takes_work_of_the_newest_rounds_that_asked_for_the_same(
+    tmp_path: Path, stale: int
+) -> None:
+    bench = Workbench(tmp_path)
+    bench.enrol("east", "north")
+    strategy = '[{ name = "fedprox", rounds = [2, 99] }]'
+    row = bench.run("r", rounds=9, cohort=f"{{ quorum = 1, stale = {stale} }}", strategy=strategy)
+    bench.commit("r", 0)
+    bases = []
+    for number in range(1, 6):
+        planned = plan(bench.engine, row, number)
+        bases.append(planned.row.base)
+        made = [Plan.decode(p.plan) for p in bench.ledger.plans("r", number, 1)]
+        assert len({p.accepts for p in made}) == 1
+        alike = bases[1 if number > 1 else 0 :]  # in round 1 no strategy acted
+        assert made[0].accepts == tuple(reversed(alike))[: stale + 1]
+        assert ("accepts" in planned.row.draft) == bool(stale)
+        bench.ledger.close_round("r", number, 1, None, "the deadline passed")
+        tensors = {"w": torch.full((3,), float(number)), "b": torch.zeros(2)}
+        model = bench.put_model(MODEL, tensors)
+        bench.ledger.commit_round("r", number, 1, model=model)
+    bench.close()
 
 
 # -- weight and configuration -------------------------------------------------------------------------

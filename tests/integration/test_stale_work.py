@@ -39,9 +39,12 @@ def field(keeping: Field) -> Iterator[Field]:
 
 def config(field: Field, name: str, rounds: int, **more: Any) -> dict[str, Any]:
     work = {"work": {"steps": STEPS}, "batch_size": 20, "lr": 0.1}
-    strategy = more.pop("strategy", [])
+    strategy, hidden = more.pop("strategy", []), more.pop("hidden", 12)
     cohort = {"quorum": 2, "deadline_s": 5, **more}
-    return field.config(name, rounds=rounds, cohort=cohort, local=work, strategy=strategy)
+    task = {"name": "blobs", "params": {"hidden": hidden}}
+    return field.config(
+        name, rounds=rounds, task=task, cohort=cohort, local=work, strategy=strategy
+    )
 
 
 def slow_down(field: Field, site: str, seconds: float) -> None:
@@ -93,13 +96,13 @@ def test_a_site_that_is_always_slow_counts_in_every_next_round(field: Field) -> 
 
 
 def test_it_counts_once_though_both_ends_are_killed(field: Field) -> None:
-    """With what sites and orchestrator remember: residuals, momentum, epochs."""
+    """With what sites and orchestrator remember: residuals, momentum, epochs; in calls of Bulk."""
     federation = field.federation
     slow_down(field, "north", 12)
     stack = [{"name": "co_learning"}, {"name": "int8"}, {"name": "fedavgm"}]
-    federation.kill("north", at="contribute.saying", process="link")
+    federation.kill("north", at="contribute.head.sent", process="link")
     run = federation.launch(
-        config(field, "killed", rounds=6, stale=2, deadline_s=9, strategy=stack)
+        config(field, "killed", rounds=6, stale=2, deadline_s=9, strategy=stack, hidden=20_000)
     )
     federation.await_fault("north", 120)
     federation.kill(ORCHESTRATOR, at="record.accepted", hit=2)  # counted, and nobody was told

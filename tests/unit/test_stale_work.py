@@ -109,9 +109,6 @@ def test_between_two_rounds_it_is_to_be_sent_again(made: Made) -> None:
 @pytest.mark.parametrize("why", ["not allowed", "paused", "last round", "too old", "other base"])
 def test_it_is_late_where_no_round_will_take_it(made: Made, why: str) -> None:
     run = made(0 if why == "not allowed" else 1)
-    if why == "last round":
-        for number in range(1, 9):
-            run.round(number, OTHERS, assess=False)
     slow = without_north(run, 9 if why == "last round" else 1)
     if why == "paused":
         run.ledger.set_run(RUN, state="paused")

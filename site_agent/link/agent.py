@@ -25,7 +25,7 @@ from site_agent.link.journal import Journal
 from site_agent.link.keys import Keys
 from site_agent.link.line import Line
 from site_agent.link.outbox import Entry, Outbox, Verdict
-from site_agent.link.plans import Assignment, OpenPlans, told
+from site_agent.link.plans import MOVING, Assignment, OpenPlans, told
 from site_agent.link.policy import Policy
 from site_agent.link.sender import Sender
 from site_agent.link.status import connection, traffic
@@ -35,9 +35,6 @@ from site_agent.link.worker import Worker
 
 CERTIFICATE_CHECK_S = 60.0
 SHUTDOWN_S = 10.0
-
-MOVING = (site_pb2.Progress.FETCHING, site_pb2.Progress.SENDING)
-"""States in which a plan waits while no window is open."""
 
 
 class Agent:
@@ -56,8 +53,7 @@ class Agent:
         self._keys = Keys.load(home.keys)
         self.site = self._keys.site
         self._journal = Journal(home.agent_log, self.site, echo)
-        self._paused = home.paused.exists()
-        self._stop = threading.Event()
+        self._paused, self._stop = home.paused.exists(), threading.Event()
         self._sources = config.sources(home.root)
         self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
         self._policy = Policy(self.site, config.policy, self._sources)
@@ -194,13 +190,7 @@ class Agent:
         except FarflungError as error:
             self._journal.error("a plan can't be read", reason=error.message)
             return
-        if (open_here := self._plans.get(plan.id)) is not None:
-            self.moved(open_here, open_here.told())  # an orchestrator that comes back asks again
-        if open_here is not None or self._plans.answered(plan.id):
-            return
-        known = self._plans.outcome(plan.id)
-        if known is not None:
-            self._stream.outcome(known)
+        if self._is_known(plan):
             return
         reach("plan.heard")
         assignment = Assignment(plan)
@@ -224,9 +214,8 @@ class Agent:
             self.failed(assignment, "PolicyRefused", self._disclosure.own(error))
             return
         self._plans.add(assignment)
-        self._journal.info(
-            "plan accepted", plan=plan.id, work=plan.work.model_dump(exclude_none=True)
-        )
+        work = plan.work.model_dump(exclude_none=True)
+        self._journal.info("plan accepted", plan=plan.id, work=work)
         self.moved(assignment, told(plan.id, site_pb2.Progress.WAITING))
         if base is not None and base.HasField("head"):
             self._fetcher.came(plan.base, base)
@@ -237,9 +226,20 @@ class Agent:
         else:
             self.moved(assignment, assignment.leader.told())
 
+    def _is_known(self, plan: Plan) -> bool:
+        if (open_here := self._plans.get(plan.id)) is not None:
+            if open_here.plan.work_digest == plan.work_digest:
+                self.moved(
+                    open_here, open_here.told()
+                )  # an orchestrator that comes back asks again
+                return True
+            self._drop(open_here, "its exchange was opened again, for other work")
+        if (outcome := self._plans.outcome(plan)) is not None:
+            self._stream.outcome(outcome)
+        return outcome is not None or self._plans.answered(plan)
+
     def _finish(self, plan_id: str) -> None:
-        assignment = self._plans.get(plan_id)
-        if assignment is not None and not assignment.finishing:
+        if (assignment := self._plans.get(plan_id)) is not None and not assignment.finishing:
             self._journal.info("the deadline is near: what is done is contributed", plan=plan_id)
             leader = assignment.leader or assignment
             assignment.finishing = leader.finishing = True
@@ -260,7 +260,8 @@ class Agent:
         self._journal.info("plan cancelled", plan=plan_id, reason=reason)
         assignment.cancelled = True
         reach("plan.cancelled")
-        self.closed(plan_id, again=True)
+        self._plans.close(plan_id, again=True)
+        self._stream.forget(plan_id)
         self._worker.cancel(plan_id)
         self._hand_on(assignment)
 
@@ -312,7 +313,7 @@ class Agent:
     def _fail(self, assignment: Assignment, error: str, text: str) -> None:
         plan_id = assignment.plan.id
         outcome = site_pb2.Outcome(plan_id=plan_id, error=error, message=text)
-        self._plans.fail(plan_id, outcome)
+        self._plans.fail(assignment.plan, outcome)
         reach("plan.failed")
         self._disclosure.sent("outcome", plan=plan_id, error=error, message=text)
         self._stream.outcome(outcome)
@@ -320,8 +321,7 @@ class Agent:
     def sending(self, entry: Entry, done: int, planned: int) -> None:
         """Bytes of a contribution left."""
         for plan_id in entry.plans:
-            assignment = self._plans.get(plan_id)
-            if assignment is not None:
+            if (assignment := self._plans.get(plan_id)) is not None:
                 state = site_pb2.Progress.SENDING
                 self.moved(assignment, told(plan_id, state, done, planned, "bytes"))
 
@@ -333,9 +333,9 @@ class Agent:
         else:
             self._journal.warning(f"contribution {verdict}", error=error, reason=message, **facts)
 
-    def closed(self, plan_id: str, again: bool = False) -> None:
-        """A plan has its answer; or, with ``again``, it may be offered anew."""
-        self._plans.close(plan_id, again)
+    def closed(self, plan_id: str, work_digest: str = "") -> None:
+        """A plan has its answer, unless it asks for other work than was answered."""
+        self._plans.close(plan_id, work_digest)
         self._stream.forget(plan_id)
 
     def unanswered(self, plan_id: str) -> None:
@@ -373,9 +373,9 @@ class Agent:
         return {
             **connection(self._keys, self._wire, self._stream),
             "paused": self._paused,
-            "trainer_pid": self._worker.trainer_pid,
             "device": self._device(),
             "tasks": sorted(self._sources),
+            "trainer_pid": self._worker.trainer_pid,
             **traffic(self._plans, self._outbox, self._fetcher, self._sender, self._line),
         }
 

@@ -12,6 +12,9 @@ from typing import Any
 from protos.plan import Plan, round_of
 from protos.v1 import site_pb2
 
+MOVING = (site_pb2.Progress.FETCHING, site_pb2.Progress.SENDING)
+"""States in which a plan waits while no window is open."""
+
 REMEMBERED = 256
 """How many plans that ended are remembered, so that one that comes again is answered, not done."""
 
@@ -137,8 +140,9 @@ class OpenPlans:
         self.turn = threading.RLock()
         self._lock = threading.Lock()
         self._open: dict[str, Assignment] = {}
-        self._outcomes: OrderedDict[str, site_pb2.Outcome] = OrderedDict()
-        self._answered: OrderedDict[tuple[str, ...], int] = OrderedDict()  # newest attempts
+        # An exchange that is opened again may ask for other work under the same id.
+        self._outcomes: OrderedDict[str, tuple[str, site_pb2.Outcome]] = OrderedDict()
+        self._answered: OrderedDict[tuple[str, ...], tuple[int, str]] = OrderedDict()
 
     def add(self, assignment: Assignment) -> bool:
         """Open a plan; False if it is open already. One whose work is under way follows it."""
@@ -183,39 +187,51 @@ class OpenPlans:
         with self._lock:
             return self._open.get(plan_id)
 
-    def close(self, plan_id: str, again: bool = False) -> None:
-        """A plan was answered; or, with ``again``, it ended and may be offered anew."""
+    def close(self, plan_id: str, work_digest: str = "", again: bool = False) -> None:
+        """A plan was answered; or, with ``again``, it ended and may be offered anew.
+
+        Args:
+            plan_id: The plan.
+            work_digest: What was answered; a plan that asks for other work by now stays open.
+            again: See above.
+        """
         with self._lock:
+            open_here = self._open.get(plan_id)
+            own = open_here.plan.work_digest if open_here is not None else work_digest
+            if work_digest and own != work_digest:
+                return
             self._open.pop(plan_id, None)
-            if not again:
-                newest = max(attempt_of(plan_id), self._answered.get(_round_of(plan_id), 0))
-                self._answered[_round_of(plan_id)] = newest
+            key, attempt = _round_of(plan_id), attempt_of(plan_id)
+            if not again and attempt >= self._answered.get(key, (0, ""))[0]:
+                self._answered[key] = attempt, own
                 while len(self._answered) > REMEMBERED:
                     self._answered.popitem(last=False)
 
-    def answered(self, plan_id: str) -> bool:
+    def answered(self, plan: Plan) -> bool:
         """Whether a plan, or a later attempt, was answered: its offer was then sent before that."""
         with self._lock:
-            newest = self._answered.get(_round_of(plan_id))
-        return newest is not None and attempt_of(plan_id) <= newest
+            attempt, work = self._answered.get(_round_of(plan.id), (0, ""))
+        same = plan.attempt == attempt and work in ("", plan.work_digest)
+        return same or plan.attempt < attempt
 
     def forget_answers(self) -> None:
         """What a new stream offers is wanted: its orchestrator may come from a backup."""
         with self._lock:
             self._answered.clear()
 
-    def fail(self, plan_id: str, outcome: site_pb2.Outcome) -> None:
+    def fail(self, plan: Plan, outcome: site_pb2.Outcome) -> None:
         """A plan ended without a contribution."""
         with self._lock:
-            self._open.pop(plan_id, None)
-            self._outcomes[plan_id] = outcome
+            self._open.pop(plan.id, None)
+            self._outcomes[plan.id] = plan.work_digest, outcome
             while len(self._outcomes) > REMEMBERED:
                 self._outcomes.popitem(last=False)
 
-    def outcome(self, plan_id: str) -> site_pb2.Outcome | None:
+    def outcome(self, plan: Plan) -> site_pb2.Outcome | None:
         """How a plan ended without a contribution, if it did."""
         with self._lock:
-            return self._outcomes.get(plan_id)
+            work, outcome = self._outcomes.get(plan.id, ("", None))
+        return outcome if work == plan.work_digest else None
 
     def all(self) -> list[Assignment]:
         """All open plans, in the order in which they came."""

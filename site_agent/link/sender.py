@@ -52,8 +52,8 @@ class Ears(Protocol):
     def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
         """A contribution has its final answer."""
 
-    def closed(self, plan_id: str, again: bool = False) -> None:
-        """A plan has its answer; or, with ``again``, it may be offered anew."""
+    def closed(self, plan_id: str, work_digest: str = "") -> None:
+        """A plan has its answer, unless it asks for other work than was answered."""
 
     def unanswered(self, plan_id: str) -> None:
         """A contribution was meant for this plan too, but was answered for another attempt."""
@@ -363,7 +363,8 @@ class Sender:
             reach("contribute.verdict.kept")
             self._ears.answered(entry, verdict, answer.error, answer.message)
             answered_for = answer.plan_id or entry.header.plan_id
-            self._ears.closed(answered_for)
+            own = answered_for == entry.header.plan_id
+            self._ears.closed(answered_for, entry.header.work_digest if own else "")
             reach("contribute.settled")
             # An answer for one attempt, or round, says that those before it are over.
             for plan_id in (p for p in entry.plans if order_of(p) < order_of(answered_for)):

@@ -82,6 +82,8 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gated]:
 
 @pytest.fixture(scope="module")
 def undisturbed(field: Gated) -> list[Round]:
+    if not field.federation.daemon.alive:
+        field.federation.start_daemon()
     return rounds_of(field, field.federation.launch(field.config("undisturbed", **RUN)))
 
 

@@ -465,6 +465,27 @@ def test_an_offer_that_the_answer_overtook_is_not_done_again(site: Site) -> None
     assert times("plan begins") == 2
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_an_exchange_that_is_opened_again_asks_for_other_work(site: Site, answered: bool) -> None:
+    """Of several plug-ins each is assessed alone: another model, under the same plan's id."""
+    if answered:
+        plan = site.plan(kind="assess")
+        site.orchestrator.offer(plan)
+        site.orchestrator.contribution(plan)
+        site.orchestrator.until(
+            lambda: any(e.get("plans") == [plan.id] for e in site.agent.events()), "the answer"
+        )
+        site.orchestrator.contributions.clear()
+        other = plan.model_copy(update={"base": site.plan(seed=99).base})
+    else:
+        plan = site.plan(params={"trouble": "slow"}, work=Work(steps=100_000))
+        site.orchestrator.offer(plan)
+        site.orchestrator.until(lambda: site.is_training(plan), "training")
+        other = plan.model_copy(update={"work": Work(steps=2)})
+    site.orchestrator.offer(other)
+    assert site.orchestrator.contribution(other)[0].work_digest == other.work_digest
+
+
 def test_a_small_contribution_goes_out_on_the_control_stream(site: Site) -> None:
     orchestrator = site.orchestrator
     orchestrator.stop()

@@ -98,7 +98,7 @@ class Site:
 
     def hear(self, plan: Plan) -> None:
         """A plan was offered, perhaps not for the first time."""
-        if self.plans.answered(plan.id) or plan.id in self.failed:
+        if self.plans.answered(plan) or plan.id in self.failed:
             return  # this offer was sent before the answer, or it says again how it ended
         finished = self.outbox.of_work(plan.work_digest) or self.outbox.for_earlier(plan)
         if finished is None:

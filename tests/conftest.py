@@ -28,6 +28,7 @@ from tests.support.field import Field  # noqa: E402
 from tests.support.object_store import ObjectStore, serving  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a Ray run in one worker, so that there is one Ray of each kind."""
     for item in items:

@@ -23,7 +23,7 @@ from protos.identity import (
 from tests.support.field import SITES, Field
 from tests.support.reading import farflung, serving
 from tests.support.rigged import RiggedFederation
-from tests.support.scene import complete, problem, restored, without
+from tests.support.scene import complete, configured, problem, restored, without
 
 pytestmark = [pytest.mark.xdist_group("identities"), pytest.mark.timeout(240)]
 
@@ -187,18 +187,8 @@ def test_an_agent_of_another_protocol_is_named_at_both_ends(field: Field, protoc
 
 def test_an_upgrade_under_a_running_agent_is_named(field: Field) -> None:
     """The trainer that is started next is of the new version, the agent still of the old one."""
-    federation = field.federation
-    config = federation.folder("east") / "site.toml"
-    before = config.read_text()
     newer = f'exec {sys.executable} -m site_agent.trainer "$@" --link-version 0.0.1'
-    federation.stop_site("east")
     command = f'[trainer]\ncommand = ["sh", "-c", {newer!r}, "sh"]\n'
-    config.write_text(before.replace("[trainer]\n", command))
-    try:
-        federation.start_site("east")
-        run = federation.launch(field.config("upgraded", rounds=1))
+    with configured(field, "east", lambda text: text.replace("[trainer]\n", command)):
+        run = field.federation.launch(field.config("upgraded", rounds=1))
         without(field, run, "east", "the trainer can't begin", "is still 0.0.1: restart the agent")
-    finally:
-        federation.stop_site("east")
-        config.write_text(before)
-        federation.start_site("east")

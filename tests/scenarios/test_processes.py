@@ -11,7 +11,7 @@ from tests.support.faulty import ORCHESTRATOR
 from tests.support.field import SITES, Field
 from tests.support.reading import farflung
 from tests.support.rigged import RiggedFederation, needs_mounts, with_mounts
-from tests.support.scene import complete, ended, restored, without
+from tests.support.scene import complete, configured, ended, restored, without
 from tests.support.sites import ask
 
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
@@ -153,20 +153,10 @@ def test_a_task_that_can_not_be_imported_is_named_at_its_site(field: Field) -> N
     federation = field.federation
     task = federation.root / "broken.py"
     task.write_text("from farflung import Task\nimport a_package_that_is_not_there\n")
-    config = federation.folder("east") / "site.toml"
-    before = config.read_text()
-    federation.stop_site("east")
-    config.write_text(
-        before.replace(federation.sites["east"]["tasks"]["blobs"]["source"], f"{task}:Blobs")
-    )
-    try:
-        federation.start_site("east")
+    source = federation.sites["east"]["tasks"]["blobs"]["source"]
+    with configured(field, "east", lambda text: text.replace(source, f"{task}:Blobs")):
         run = federation.launch(field.config("bad-import", rounds=1))
         without(field, run, "east", "site east", "ModuleNotFoundError")
-    finally:
-        federation.stop_site("east")
-        config.write_text(before)
-        federation.start_site("east")
 
 
 def test_a_task_that_is_not_at_the_orchestrator_is_refused_at_launch(field: Field) -> None:
@@ -202,19 +192,9 @@ def test_a_device_that_fails_is_named_and_the_next_plan_gets_a_new_trainer(field
 
 def test_a_device_that_is_not_there_any_more_is_no_reason_to_train_on_another(field: Field) -> None:
     """F2: where site.toml says cuda, and the container lost it."""
-    federation = field.federation
-    config = federation.folder("east") / "site.toml"
-    before = config.read_text()
-    federation.stop_site("east")
-    config.write_text(before + '\n[site]\ndevice = "cuda"\n')
-    try:
-        federation.start_site("east")
-        run = federation.launch(field.config("no-cuda", rounds=1))
+    with configured(field, "east", lambda text: text + '\n[site]\ndevice = "cuda"\n'):
+        run = field.federation.launch(field.config("no-cuda", rounds=1))
         without(field, run, "east", "the trainer can't begin", "sees no CUDA device")
-    finally:
-        federation.stop_site("east")
-        config.write_text(before)
-        federation.start_site("east")
 
 
 @needs_mounts

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from orchestrator.views import Round, Run
 from protos.errors import FarflungError
 from site_agent.cli.ring import ring
@@ -22,6 +25,22 @@ def restored(field: Field) -> None:
         field.federation.forgive(end)
     field.federation.revive()
     field.federation.await_sites(SITES)
+
+
+@contextmanager
+def configured(field: Field, site: str, change: Callable[[str], str]) -> Iterator[None]:
+    """A site's agent runs with a changed site.toml, and then again as before."""
+    config = field.federation.folder(site) / "site.toml"
+    before = config.read_text()
+    field.federation.stop_site(site)
+    config.write_text(change(before))
+    try:
+        field.federation.start_site(site)
+        yield
+    finally:
+        field.federation.stop_site(site)
+        config.write_text(before)
+        field.federation.start_site(site)
 
 
 def ended(field: Field, run: str, state: str = "finished") -> tuple[Run, list[Round], Reading]:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import atheris
+import torch
 
 with atheris.instrument_imports(include=["protos", "strategies.compression"]):
     from tests.support.decoders import DECODERS, examine, seeds
@@ -29,6 +30,7 @@ RSS_MB = 1500
 
 def main() -> None:
     """Fuzz until the runs or the time are over."""
+    torch.set_num_threads(1)  # blocks are small: a second thread only waits for its turn
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=-1, help="inputs in all")
     parser.add_argument("--seconds", type=int, default=0, help="at most; 0 for no bound")

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from protos.contribution import Header
-from protos.errors import FarflungError, InvalidInput, PolicyRefused
-from protos.faults import reach
+from protos.errors import FarflungError, InvalidInput
 from protos.manifest import Index
-from protos.plan import Plan
 from protos.v1 import site_pb2
 from site_agent.config import SiteConfig
 from site_agent.home import Home
 from site_agent.link import enrolment
+from site_agent.link.agenda import Agenda
 from site_agent.link.crew import Crew
 from site_agent.link.disclosure import Disclosure
 from site_agent.link.doorbell import Doorbell
@@ -24,8 +23,8 @@ from site_agent.link.hello import device_kind, hello_of
 from site_agent.link.journal import Journal
 from site_agent.link.keys import Keys
 from site_agent.link.line import Line
-from site_agent.link.outbox import Entry, Outbox, Verdict
-from site_agent.link.plans import MOVING, Assignment, OpenPlans, told
+from site_agent.link.outbox import Entry, Outbox
+from site_agent.link.plans import OpenPlans
 from site_agent.link.policy import Policy
 from site_agent.link.sender import Sender
 from site_agent.link.status import connection, traffic
@@ -58,7 +57,6 @@ class Agent:
         self._disclosure = Disclosure(self.site, config.policy, home.sent_log)
         self._policy = Policy(self.site, config.policy, self._sources)
         self._plans = OpenPlans()
-        self.turn = self._plans.turn
         self._outbox = Outbox(home, config.site.keep_states)
         for name in self._outbox.damaged:
             self._journal.error("a damaged contribution is left aside", folder=name)
@@ -66,6 +64,14 @@ class Agent:
         self._wire = Wire(lambda: self._keys, config.network, self._line.target)
         spares, keep = home.spares(), config.site.keep_bases
         self._fetcher = Fetcher(self._wire, home.cache, self._policy, keep, spares, self._journal)
+        self._agenda = Agenda(
+            self._plans,
+            self._outbox,
+            self._policy,
+            self._disclosure,
+            self._line,
+            self._journal,
+        )
         self._worker = Worker(
             site=self.site,
             home=home,
@@ -76,7 +82,7 @@ class Agent:
             fetcher=self._fetcher,
             outbox=self._outbox,
             sign=self._sign,
-            ears=self,
+            ears=self._agenda,
             journal=self._journal,
         )
         self._stream = Stream(
@@ -88,7 +94,10 @@ class Agent:
             self._disclosure.progress,
             self._journal,
         )
-        self._sender = Sender(self._wire, self._stream.say, self._outbox, self, self._journal)
+        self._sender = Sender(
+            self._wire, self._stream.say, self._outbox, self._agenda, self._journal
+        )
+        self._agenda.parts(self._fetcher, self._worker, self._stream, self._sender)
         self._worker.pause(self._paused)
         for mover in (self._fetcher, self._sender):
             mover.allowed(self._line.network.is_open)
@@ -141,12 +150,9 @@ class Agent:
             self._policy.apply(config.policy)
             self._disclosure.apply(config.policy)
 
-        def changed() -> None:
-            for assignment in self._plans.all():
-                if assignment.state in MOVING:
-                    self.moved(assignment, assignment.told())
-
-        self._line.run(self._fetcher, self._sender, self._stream, configured, changed)
+        self._line.run(
+            self._fetcher, self._sender, self._stream, configured, self._agenda.tell_of_the_line
+        )
 
     # -- the orchestrator's messages ---------------------------------------------------------------
 
@@ -171,99 +177,17 @@ class Agent:
     def _hear(self, message: site_pb2.ToSite) -> None:
         match message.WhichOneof("kind"):
             case "plan":
-                with self.turn:
-                    self._offered(message.plan.plan, message.plan.base)
+                self._agenda.offered(message.plan.plan, message.plan.base)
             case "answer":
                 self._sender.apply(message.answer)
             case "finish":
-                self._finish(message.finish.plan_id)
+                self._agenda.finish(message.finish.plan_id)
             case "cancel":
-                self._cancelled(message.cancel.plan_id, message.cancel.reason)
+                self._agenda.cancelled(message.cancel.plan_id, message.cancel.reason)
             case "drain":
                 self._journal.info("the orchestrator is about to end", reason=message.drain.reason)
             case "renew":
                 threading.Thread(target=self._renew, name="renew", daemon=True).start()
-
-    def _offered(self, encoded: bytes, base: site_pb2.SmallModel | None = None) -> None:
-        try:
-            plan = Plan.decode(encoded)
-        except FarflungError as error:
-            self._journal.error("a plan can't be read", reason=error.message)
-            return
-        if self._is_known(plan):
-            return
-        reach("plan.heard")
-        assignment = Assignment(plan)
-        for older in self._plans.overtaken(plan):
-            if self._outbox.of_work(older.plan.work_digest) is None:  # it would have its answer
-                self._drop(older, f"round {plan.round} has begun")
-        finished = self._outbox.of_work(plan.work_digest) or self._outbox.for_earlier(plan)
-        if finished is not None:
-            self._journal.info("this work is finished already", plan=plan.id)
-            reach("plan.known")
-            if plan.id not in finished.plans:
-                finished.plans.append(plan.id)
-            self._plans.add(assignment)
-            self.moved(assignment, told(plan.id, site_pb2.Progress.SENDING))
-            self._sender.nudge(finished.digest)
-            return
-        try:
-            self._policy.check_plan(plan)
-        except PolicyRefused as error:
-            self._journal.warning("plan refused", plan=plan.id, reason=error.message)
-            self.failed(assignment, "PolicyRefused", self._disclosure.own(error))
-            return
-        self._plans.add(assignment)
-        work = plan.work.model_dump(exclude_none=True)
-        self._journal.info("plan accepted", plan=plan.id, work=work)
-        self.moved(assignment, told(plan.id, site_pb2.Progress.WAITING))
-        if base is not None and base.HasField("head"):
-            self._fetcher.came(plan.base, base)
-            reach("plan.based")
-        reach("plan.accepted")
-        if assignment.leader is None:
-            self._worker.submit(assignment)
-        else:
-            self.moved(assignment, assignment.leader.told())
-
-    def _is_known(self, plan: Plan) -> bool:
-        if (open_here := self._plans.get(plan.id)) is not None:
-            if open_here.plan.work_digest == plan.work_digest:
-                self.moved(
-                    open_here, open_here.told()
-                )  # an orchestrator that comes back asks again
-                return True
-            self._drop(open_here, "its exchange was opened again, for other work")
-        if (outcome := self._plans.outcome(plan)) is not None:
-            self._stream.outcome(outcome)
-        return outcome is not None or self._plans.answered(plan)
-
-    def _finish(self, plan_id: str) -> None:
-        if (assignment := self._plans.get(plan_id)) is not None and not assignment.finishing:
-            self._journal.info("the deadline is near: what is done is contributed", plan=plan_id)
-            leader = assignment.leader or assignment
-            assignment.finishing = leader.finishing = True
-            reach("plan.finishing")
-            self._worker.finish(leader.plan.id)
-
-    def _cancelled(self, plan_id: str, reason: str) -> None:
-        with self.turn:
-            if (assignment := self._plans.get(plan_id)) is None:
-                return
-            self._drop(assignment, reason)
-            leader = assignment.leader
-            if leader is not None and leader.plan.round < assignment.plan.round:
-                self._cancelled(leader.plan.id, reason)  # nobody waits for that work any more
-
-    def _drop(self, assignment: Assignment, reason: str) -> None:
-        plan_id = assignment.plan.id
-        self._journal.info("plan cancelled", plan=plan_id, reason=reason)
-        assignment.cancelled = True
-        reach("plan.cancelled")
-        self._plans.close(plan_id, again=True)
-        self._stream.forget(plan_id)
-        self._worker.cancel(plan_id)
-        self._hand_on(assignment)
 
     def _renew(self) -> None:
         try:
@@ -275,85 +199,10 @@ class Agent:
         for part in (self._fetcher, self._sender, self._stream):
             part.reconnect()
 
-    # -- the parts' messages -----------------------------------------------------------------------
-
     def _sign(self, folder: Path, header: Header, index: Index) -> Entry:
         entry = self._outbox.admit(folder, header, index, self._keys.key)
         self._disclosure.sent("header", header=header.model_dump(mode="json", exclude={"blocks"}))
         return entry
-
-    def moved(self, assignment: Assignment, progress: site_pb2.Progress) -> None:
-        """A plan is in another state, or further, and those that share its work with it."""
-        if progress.state in MOVING:
-            progress.waits_until = self._line.network.opens
-        for one in (assignment, *self._plans.followers(assignment)):
-            self._stream.progress(one.note(progress))
-
-    def finished(self, assignment: Assignment, entry: Entry) -> None:
-        """A contribution is in the outbox."""
-        with self.turn:
-            shared = [a.plan.id for a in self._plans.followers(assignment)]
-            entry.plans += shared
-            if entry.verdict is not None:  # the sender was faster
-                self._sender.ask(shared)
-        self.sending(entry, 0, entry.index.nbytes)
-        self._sender.nudge()
-
-    def failed(self, assignment: Assignment, error: str, text: str) -> None:
-        """A plan ends without a contribution."""
-        with self.turn:
-            self._fail(assignment, error, text)
-            self._hand_on(assignment)
-
-    def _hand_on(self, ended: Assignment) -> None:
-        """Whoever shared the work of a plan that ended without it does it now."""
-        if (newest := self._plans.succeed(ended)) is not None:
-            self._worker.submit(newest)
-
-    def _fail(self, assignment: Assignment, error: str, text: str) -> None:
-        plan_id = assignment.plan.id
-        outcome = site_pb2.Outcome(plan_id=plan_id, error=error, message=text)
-        self._plans.fail(assignment.plan, outcome)
-        reach("plan.failed")
-        self._disclosure.sent("outcome", plan=plan_id, error=error, message=text)
-        self._stream.outcome(outcome)
-
-    def sending(self, entry: Entry, done: int, planned: int) -> None:
-        """Bytes of a contribution left."""
-        for plan_id in entry.plans:
-            if (assignment := self._plans.get(plan_id)) is not None:
-                state = site_pb2.Progress.SENDING
-                self.moved(assignment, told(plan_id, state, done, planned, "bytes"))
-
-    def answered(self, entry: Entry, verdict: Verdict, error: str, message: str) -> None:
-        """A contribution has its final answer."""
-        facts = {"contribution": entry.digest, "plans": entry.plans}
-        if verdict == "counted":
-            self._journal.info("contribution counted", **facts)
-        else:
-            self._journal.warning(f"contribution {verdict}", error=error, reason=message, **facts)
-
-    def closed(self, plan_id: str, work_digest: str = "") -> None:
-        """A plan has its answer, unless it asks for other work than was answered."""
-        self._plans.close(plan_id, work_digest)
-        self._stream.forget(plan_id)
-
-    def unanswered(self, plan_id: str) -> None:
-        """A contribution was meant for this plan too, but was answered for another attempt."""
-        with self.turn:
-            if (assignment := self._plans.get(plan_id)) is not None:
-                self._plans.close(plan_id, again=True)
-                self._offered(assignment.plan.encode())
-
-    def unsendable(self, entry: Entry, error: FarflungError) -> None:
-        """A contribution's payload is damaged here; it was removed."""
-        self._journal.error("a contribution is damaged", contribution=entry.digest)
-        with self.turn:
-            lost = [a for a in map(self._plans.get, entry.plans) if a is not None]
-            for assignment in lost:
-                self._fail(assignment, type(error).__name__, self._disclosure.own(error))
-            for assignment in lost:
-                self._hand_on(assignment)
 
     # -- the command line ------------------------------------------------------------------------
 
@@ -393,7 +242,7 @@ class Agent:
         self._stream.say(site_pb2.FromSite(leave=site_pb2.LeaveRun(run=run)))
         for assignment in self._plans.all():
             if assignment.plan.run == run:
-                self._cancelled(assignment.plan.id, "this site leaves the run")
+                self._agenda.cancelled(assignment.plan.id, "this site leaves the run")
         removed = self._outbox.forget_run(run)
         self._home.checkpoint.unlink(missing_ok=True)
         self._journal.info("left a run", run=run, removed=removed)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from protos.faults import Fault
-from tests.chaos.storm import STUCK_S, storm
+from tests.chaos.gale import STUCK_S
+from tests.chaos.storm import storm
 from tests.support.faulty import ORCHESTRATOR
 from tests.support.field import SITES, Field
 

@@ -15,15 +15,17 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+import psutil
+
 from protos.errors import ComputeFailed, Unavailable
 from protos.faults import Fault
 from tests.chaos.cases import MOMENT, Case, Disturbed, Shape
-from tests.support.faulty import ORCHESTRATOR
+from tests.support.faulty import ORCHESTRATOR, words_of
 from tests.support.field import SITES, Field
 
 EPOCHS, BATCH, SAMPLES = 2, 20, 120
@@ -342,7 +344,7 @@ class Arena:
         child = federation.daemon if name == ORCHESTRATOR else federation.agents()[name]
         family = child.tree()
         if process == "gateway":
-            family = [one for one in family if "orchestrator.gateway" in one.cmdline()]
+            family = [one for one in family if "orchestrator.gateway" in words_of(one)]
         elif process in ONCE:
             family = family[1:]
             if (
@@ -352,8 +354,10 @@ class Arena:
         else:
             family = family[:1]
         for one in family[:1]:
-            one.kill()
-        return bool(family)
+            with suppress(psutil.NoSuchProcess):  # it ended while this was looking
+                one.kill()
+                return True
+        return False
 
     def _recover(self, out: Disturbed, ends: list[End]) -> None:
         """Everybody is back, and nothing is to go wrong any more."""

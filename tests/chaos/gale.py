@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+import psutil
+
 from protos.errors import FarflungError
 from protos.faults import Fault
 from tests.support.clock import clocks_possible
@@ -214,7 +216,8 @@ class Storm:
     def _kill(self) -> None:
         end, process = self._process()
         for one in self._federation.family(end, process):
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         self._count(f"kill {process}", end)
 
     def _kill_at(self) -> None:

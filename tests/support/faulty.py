@@ -265,7 +265,7 @@ class FaultyFederation(Federation):
         child = self._children.get(DAEMON if who == ORCHESTRATOR else who)
         tree = child.tree() if child is not None else []
         if process == "trainer":
-            return [one for one in tree if "site_agent.trainer" in _words(one)]
+            return [one for one in tree if "site_agent.trainer" in words_of(one)]
         return tree[:1] if process else tree
 
     def stop(self, who: str, process: str = "") -> None:
@@ -378,7 +378,8 @@ class FaultyFederation(Federation):
         return self._clocks[name]
 
 
-def _words(process: psutil.Process) -> str:
+def words_of(process: psutil.Process) -> str:
+    """The command line of a process; empty if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

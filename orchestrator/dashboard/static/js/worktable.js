@@ -146,7 +146,10 @@ export class WorkTable {
     say(line.speed, speed(row) === null ? "" : rate(speed(row)));
     say(line.sent, row.sent_bytes ? `${bytes(row.sent_bytes)} sent` : "");
     say(line.left, timeWords(row));
-    const reason = row.reason || this.round.missing[row.site] || this.round.unassessed[row.site] || "";
+    const { missing, unassessed } = this.round;
+    const silent = unassessed[row.site];
+    const reason =
+      row.reason || missing[row.site] || (silent ? `did not evaluate the model: ${silent}` : "");
     if (line.reason.dataset.said === reason) return;
     line.reason.dataset.said = reason;
     line.reason.hidden = !reason;

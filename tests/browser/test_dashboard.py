@@ -277,6 +277,34 @@ def test_a_site_that_waits_for_its_window_says_until_when(
         expect(row).to_contain_text("paused until")
 
 
+def test_partial_late_and_unevaluated_work_and_a_release_are_told_apart(
+    look: Look, operator: RecordedOperator
+) -> None:
+    assert operator.recording is not None
+    done = operator.recording.done
+    north, south, east = done[-1].sites
+    sites = (
+        north.model_copy(update={"partial": True, "done": 3.4}),
+        south.model_copy(update={"from_round": 8}),
+        east.model_copy(update={"scores": {}}),
+    )
+    told = {"sites": sites, "unassessed": {"east": "its disk is full"}, "held": "worse than before"}
+    done[-1] = done[-1].model_copy(update=told)
+    with serve(operator) as dashboard:
+        page = opened(look(f"{dashboard.url}#//rounds/9"))
+        expect(page.locator("#view")).to_contain_text(
+            "Released after it was held: worse than before"
+        )
+        for site, words in (
+            ("north", "partial: 3.4 of 10 epochs"),
+            ("south", "10 epochs for round 8"),
+            ("east", "did not evaluate the model: its disk is full"),
+        ):
+            row = chart(page, "timeline").locator(f'.row[data-site="{site}"]')
+            expect(row).to_contain_text(words)
+            expect(row).to_have_attribute("data-state", "counted")
+
+
 def test_slider_goes_through_the_rounds(look: Look, url: str) -> None:
     page = opened(look(f"{url}#//calibration/3"))
     title = chart(page, "reliability").locator("h2")

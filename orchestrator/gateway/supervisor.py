@@ -16,7 +16,7 @@ from protos.errors import ComputeFailed, Unavailable
 
 READY_S = 60.0
 STOP_S = 10.0
-AGAIN_S, MOST_AGAIN_S = 0.2, 15.0
+AGAIN_S, MOST_AGAIN_S = 0.2, 5.0
 """How long to wait before one is started again: doubling while they die young."""
 OLD_S = 60.0
 FORMER_S = 10.0

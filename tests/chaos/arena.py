@@ -130,6 +130,7 @@ class Arena:
         ]
         if what.distils:
             strategy.insert(3, {"name": "feddf", "steps": 3, "samples": 80})
+        more = {"assess": {"holdout": True}} if what.fails else {}
         config = self.ground.config(
             f"{shape}-{self._runs}",
             rounds=what.rounds,
@@ -143,6 +144,7 @@ class Arena:
             },
             strategy=strategy,
             seed=seed,
+            **more,
         )
         return self.ground.federation.launch(config)
 
@@ -166,10 +168,16 @@ class Arena:
             out[number] = (model, outer, memos, *scores)
         return out
 
-    def undisturbed(self, shape: str, seed: int) -> dict[int, tuple[Any, ...]]:
-        """What a run comes to that nothing disturbs."""
+    def undisturbed(self, shape: str, seed: int, fails: bool = False) -> dict[int, tuple[Any, ...]]:
+        """What a run comes to that nothing disturbs, but trainings that fail if there are to be some."""
         run = self.launch(shape, seed)
+        for number in range(self.shapes[shape].rounds if fails else 0):
+            self.ground.federation.await_that(
+                lambda n=number: self.told(run)[2] >= n, f"round {number}", STANDSTILL_S
+            )
+            self._fail()
         self.ground.federation.wait(run, 60.0 * self.shapes[shape].rounds)
+        self.ground.clear()
         state, reason, _ = self.told(run)
         if state != "finished":
             told = self.ground.federation.told()
@@ -184,7 +192,7 @@ class Arena:
             federation = self.ground.federation
             federation.forget_traces()
             rounds, began = self.shapes[shape].rounds, time.monotonic()
-            self.undisturbed(shape, self.seed * 1000)
+            self.undisturbed(shape, self.seed * 1000, self.shapes[shape].fails)
             seconds = (time.monotonic() - began) / rounds
             whole: Counter[tuple[str, str]] = Counter()
             early, late = dict[tuple[str, str], None](), dict[tuple[str, str], None]()
@@ -208,6 +216,10 @@ class Arena:
         """Every process and point that a run of this shape reaches."""
         processes = self.shapes[shape].processes
         return [Case(*key, shape) for key in sorted(self.seen(shape).often) if key[0] in processes]
+
+    def _fail(self) -> None:
+        """A site's training fails in the next step."""
+        (self.ground.switches[self.draw.choice(SITES)] / "fault").write_text("raise once")
 
     def steps(self) -> int:
         """Steps of training that were made since the traces began."""
@@ -245,8 +257,12 @@ class Arena:
 
     def _through(self, out: Disturbed, ends: list[End], todo: list[Case], seen: Seen) -> None:
         federation, moved, before = self.ground.federation, time.monotonic(), (0, 0)
+        failed = -1
         while True:
             state, reason, done = self.told(out.run)
+            if self.shapes[out.shape].fails and done > failed:
+                failed = done
+                self._fail()
             if state in ("finished", "stopped", "paused", "failed"):
                 if state != "finished":
                     raise RuntimeError(f"the run is {state}: {reason}")
@@ -277,7 +293,7 @@ class Arena:
                 struck = federation.struck(end.name)
                 if not struck and case.roused and now >= end.due:
                     end.due, end.mark = inf, federation.trace_bytes(end.name)
-                    out.kills += self._rouse(end)
+                    out.kills += self._rouse(end, case)
                 elif end.due == inf and federation.traced(end.name, case.process, end.mark):
                     end.due = now + ROUSE_S + seen.seconds  # it is back, and may still get there
             gone = end.roused > ROUSED_MOST if case.roused else done > end.since + PATIENCE
@@ -319,15 +335,28 @@ class Arena:
             hit = self.draw.randint(1, min(often, 5))
             self.ground.federation.fail(end.name, Fault(case.at, hit, process=case.process))
 
-    def _rouse(self, end: End) -> bool:
+    def _rouse(self, end: End, case: Case) -> bool:
         """Kill something else at an end, or the daemon, so that a process gets where it does not."""
         end.roused += 1
         if end.name == ORCHESTRATOR:
             return self._kill_now(end.name, "daemon")
+        # A trainer goes on only with what the one before it has left half done.
+        if case.process == "trainer":
+            return self._trains(end.name) and self._kill_now(end.name, "trainer")
         name, process = [(end.name, "trainer"), (end.name, "link"), (ORCHESTRATOR, "daemon")][
             self.draw.randrange(3)
         ]
         return self._kill_now(name, process)
+
+    def _trains(self, site: str) -> bool:
+        """Waits until a site makes a step; False if it makes none."""
+        trace, until = self.ground.federation.trace, time.monotonic() + ROUSE_S
+        before = len(trace(site))
+        while time.monotonic() < until:
+            if ("trainer", "train.stepped") in trace(site)[before:]:
+                return True
+            time.sleep(LOOK_S / 10)
+        return False
 
     def _look_for_others(self, end: End, case: Case, seen: Seen) -> None:
         """What was reached there that no undisturbed run gets to."""
@@ -362,6 +391,7 @@ class Arena:
     def _recover(self, out: Disturbed, ends: list[End]) -> None:
         """Everybody is back, and nothing is to go wrong any more."""
         federation = self.ground.federation
+        self.ground.clear()
         for end in ends:
             federation.forgive(end.name)
         federation.await_that(self._serves, "a daemon", STANDSTILL_S, revive=True)

@@ -19,12 +19,15 @@ class Shape(NamedTuple):
             the control stream.
         rounds: Of the run.
         distils: Whether the orchestrator distils too, for which it starts a process in every round.
+        fails: Whether a site's training fails once in every round, so that a second attempt counts what the
+            others have finished; and the model is looked at with the orchestrator's own data too.
         processes: That may be killed.
     """
 
     hidden: int
     rounds: int
     distils: bool = False
+    fails: bool = False
     processes: tuple[str, ...] = ("daemon", "link", "trainer")
 
 

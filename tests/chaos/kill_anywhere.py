@@ -41,6 +41,7 @@ from tests.support.warm import WarmFederation
 SHAPES = {
     "large": Shape(30_000, 10),
     "small": Shape(12, 6, distils=True),
+    "fails": Shape(30_000, 6, fails=True),
     "gateway": Shape(30_000, 6, processes=("gateway",)),
     "whole": Shape(30_000, 13),
 }
@@ -194,7 +195,7 @@ def main() -> int:
         moments = arena.draw.choices(("daemon", "link", "trainer"), k=chosen.random)
         cases = [Case(p, MOMENT, "large", number=n) for n, p in enumerate(moments, 1)]
         known: set[tuple[str, str]] = set()
-        for shape in ("large", "small"):
+        for shape in ("large", "small", "fails"):
             fresh = [c for c in arena.cases(shape) if (c.process, c.at) not in known]
             known |= {(c.process, c.at) for c in fresh}
             cases += fresh

@@ -161,6 +161,9 @@ def _obey(switches: Path, model: nn.Module) -> None:
     elif what == "spoil":
         with torch.no_grad():
             model.second.weight.zero_()  # type: ignore[operator, union-attr]
+    elif what == "raise once":
+        (switches / "fault").unlink()
+        raise ValueError("a sample of patient 4712 is broken")
     elif what == "raise":
         raise ValueError("a sample of patient 4711 is broken")
     elif what in ("nan", "inf"):

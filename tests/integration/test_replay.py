@@ -101,7 +101,7 @@ def test_sums_that_were_not_used_are_not_used_again(real: Field) -> None:
     config = real.config("unused", rounds=1, seed=2312, cohort=cohort, strategy=[CALIBRATED])
     run = federation.launch(config)
     (round,) = finished(real, run, 1)
-    assert "No space left on device" in round.missing["north"]
+    assert "No space left on device" in round.unassessed["north"]
     assert "test.nll" in round.scores
     assert not any(name.startswith("test_calibrated") for name in round.scores)
     done = federation.client.replay(run, 1)

@@ -207,7 +207,7 @@ orchestrator/store/store.py
     retire.recycled retire.removed store.put
 site_agent/home.py
     home.locked
-site_agent/link/agent.py
+site_agent/link/agenda.py
     plan.heard plan.known plan.based plan.accepted plan.finishing plan.cancelled plan.failed
 site_agent/link/doorbell.py
     doorbell.bound

@@ -195,12 +195,13 @@ def main() -> int:
         moments = arena.draw.choices(("daemon", "link", "trainer"), k=chosen.random)
         cases = [Case(p, MOMENT, "large", number=n) for n, p in enumerate(moments, 1)]
         known: set[tuple[str, str]] = set()
-        for shape in ("large", "small", "fails"):
+        shapes = ("large", "small", "fails")
+        for shape in shapes:
             fresh = [c for c in arena.cases(shape) if (c.process, c.at) not in known]
             known |= {(c.process, c.at) for c in fresh}
             cases += fresh
             arena.draw.shuffle(cases)
-            few = cases[: max(1, chosen.sample // 2)] if chosen.sample else cases
+            few = cases[: max(1, chosen.sample // len(shapes))] if chosen.sample else cases
             work_off(arena, few, record, others=not chosen.sample)
             cases = []
     if not chosen.sample:

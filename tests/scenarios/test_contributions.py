@@ -268,7 +268,8 @@ def test_an_assessment_that_fails_is_told_and_not_taken_for_a_score(field: Field
     _, rounds, told = ended(field, run)
     assert not rounds[0].assessed
     assert rounds[0].scores == {}
-    assert {"east", "south"} <= set(rounds[0].missing)
+    assert {"east", "south"} <= set(rounds[0].unassessed)
+    assert rounds[0].missing == {}
     assert "unassessed" in farflung(field.federation, "rounds", run).text
     assert "OSError" in told.text
     assert told.code == INCOMPLETE

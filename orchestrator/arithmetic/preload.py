@@ -1,8 +1,8 @@
-"""What Ray's workers import ahead of the first task; torch alone takes over a second."""
+"""What Ray's workers and zygotes import ahead of the first task; torch alone takes over a second."""
 
-from orchestrator.arithmetic import assessment, planning, reduction
+from orchestrator.arithmetic import assessment, holdout, planning, reduction, refining
 from strategies.registry import catalogue
 
 catalogue()
 
-__all__ = ["assessment", "planning", "reduction"]
+__all__ = ["assessment", "holdout", "planning", "reduction", "refining"]

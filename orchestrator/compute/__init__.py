@@ -4,7 +4,8 @@
                                          supervisor: namespaces, nothing outlives it
                                          └─ driver: Ray, a table of operations
                                             └─ workers: functions of a fixed table
-                                               └─ sandbox: one plug-in, limits, no network
+                                               └─ zygote: has imported torch, forks
+                                                  └─ sandbox: one plug-in, limits, no network
 
 The daemon imports neither Ray nor torch. Who needs an answer calls ``map`` (pure functions over
 JSON arguments that name files) or ``isolated`` (one plug-in in a process of its own);

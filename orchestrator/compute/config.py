@@ -61,7 +61,8 @@ class ComputeConfig:
         functions: Name → "module:function": the whole of what requests may run; a request can't
             name code, only a row of this table. A function takes
             a dict and returns a dict, both JSON.
-        preload: Modules that the worker which stays imports once Ray is up (torch takes a second).
+        preload: Modules that the worker which stays imports once Ray is up (torch takes a second), and
+            zygotes before they fork.
         hidden: Folders that nothing in here may read: the keys, and the folder with the
             operator's socket. They must exist.
         private_networks: Networks in CIDR form on whose addresses Ray may listen where it can't be

@@ -99,7 +99,7 @@ class RayEngine:
         self._level = level
         self.functions = config.functions
         hidden = (*config.hidden, config.temp_dir)  # Ray's sockets are in reach by path
-        self._cell = Cell(hidden, config.levels, config.plugins_may_reach_keys)
+        self._cell = Cell(hidden, config.levels, config.plugins_may_reach_keys, config.preload)
         started = time.monotonic()
         _set_environment(config)
 

@@ -17,7 +17,9 @@ class LocalEngine:
 
     def __init__(self, config: ComputeConfig) -> None:
         self.functions = config.functions
-        self._cell = Cell(config.hidden, config.levels, config.plugins_may_reach_keys)
+        self._cell = Cell(
+            config.hidden, config.levels, config.plugins_may_reach_keys, config.preload
+        )
 
     def facts(self) -> dict[str, Any]:
         """How it runs."""

@@ -1,9 +1,10 @@
 """Runs one plug-in function in a process of its own, with limits, and says why it failed.
 
-The process has an empty environment, no network (not even loopback), no folder that is
-``hidden``, a bound on time and on private memory, and ends with everything it started. It is
-the operator's own code, so the bounds stop accidents and keep keys out of reach; they are no
-defence of a root daemon against an attacker (docs/adr/0003).
+The process is forked from one that has imported what plug-ins need (``zygote``). It has an empty
+environment, no network (not even loopback), no folder that is ``hidden``, a bound on time and on
+private memory, and ends with everything it started. It is the operator's own code, so the bounds
+stop accidents and keep keys out of reach; they are no defence of a root daemon against an
+attacker (docs/adr/0003).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import os
 import selectors
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import psutil
 
+from orchestrator.compute import zygote
 from orchestrator.compute.config import CONFINED, Level, Limits
 from orchestrator.compute.supervise import end_session
 
@@ -40,11 +41,13 @@ class Cell:
         hidden: Folders that they can't read.
         levels: What to try, in this order.
         reachable_keys: Run also where nothing can be hidden.
+        preload: Modules that need not be imported for each of them.
     """
 
     hidden: tuple[str, ...] = ()
     levels: tuple[Level, ...] = CONFINED
     reachable_keys: bool = False
+    preload: tuple[str, ...] = ()
 
 
 def run_isolated(spec: str, text: str, limits: Limits, cell: Cell) -> dict[str, Any]:
@@ -60,24 +63,23 @@ def run_isolated(spec: str, text: str, limits: Limits, cell: Cell) -> dict[str, 
         ``{"outcome": "ok", "value": …}``, or an outcome of ``raised``, ``killed``,
         ``out_of_memory``, ``timed_out`` or ``not_isolated`` with ``message`` and the facts.
     """
-    order = {"spec": spec, "limits": asdict(limits), "cell": asdict(cell), "parent": os.getpid()}
+    order = {"spec": spec, "limits": asdict(limits), "cell": asdict(cell)}
+    kind = zygote.Kind(environment(limits.threads), cell.preload)
+    deadline = time.monotonic() + limits.seconds
     with tempfile.TemporaryFile() as arguments:
         arguments.write(text.encode())
         arguments.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "orchestrator.compute.sandbox_child", json.dumps(order)],
-            stdin=arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(limits.threads),
-            cwd="/",
-            start_new_session=True,
-        )
-    watch = _Watch(process, limits)
+        try:
+            sandbox = zygote.fork(kind, order, arguments, deadline)
+        except TimeoutError:
+            return _timed_out(limits)
+        except zygote.ZygoteEnded as error:
+            return _killed(error.code, "")
+    watch = _Watch(sandbox, limits, deadline)
     try:
         cause = watch.until_done()
     finally:
-        _end(process)
+        _end(sandbox)
     return _outcome(watch, cause, limits)
 
 
@@ -98,22 +100,21 @@ def environment(threads: int) -> dict[str, str]:
 class _Watch:
     """Reads what the child writes, until it ends or must be ended."""
 
-    def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
-        self.process = process
+    def __init__(self, sandbox: zygote.Sandbox, limits: Limits, deadline: float) -> None:
+        self.sandbox = sandbox
         self.limits = limits
+        self.deadline = deadline
         self.result = bytearray()
         self.stderr = bytearray()
         self.peak_bytes = 0
 
     def until_done(self) -> str:
         """Returns ``""``, or what the child was found at: a limit that it broke."""
-        deadline = time.monotonic() + self.limits.seconds
         with selectors.DefaultSelector() as selector:
-            for stream in (self.process.stdout, self.process.stderr):
-                assert stream is not None  # noqa: S101 - for the type checker: both are pipes
+            for stream in (self.sandbox.stdout, self.sandbox.stderr):
                 selector.register(stream, selectors.EVENT_READ)
             while selector.get_map():
-                left = deadline - time.monotonic()
+                left = self.deadline - time.monotonic()
                 if left <= 0:
                     return "timed_out"
                 for key, _ in selector.select(min(left, _POLL_S)):
@@ -123,14 +124,14 @@ class _Watch:
                     return "result_too_large"
                 if self._memory() > self.limits.memory_bytes:
                     return "out_of_memory"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            self.sandbox.wait(self.deadline - time.monotonic())
             return ""
         return "timed_out"
 
     def _read(self, stream: IO[bytes]) -> bool:
         data = os.read(stream.fileno(), 65536)
-        if stream is self.process.stdout:
+        if stream is self.sandbox.stdout:
             self.result += data
         else:
             self.stderr += data
@@ -141,7 +142,7 @@ class _Watch:
         """Private and shared-anonymous memory of the tree, which RLIMIT_DATA alone can't bound."""
         total = 0
         with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
+            for process in psutil.Process(self.sandbox.pid).children(recursive=True):
                 with contextlib.suppress(OSError):
                     total += _anonymous_bytes(process.pid)
         self.peak_bytes = max(self.peak_bytes, total)
@@ -151,34 +152,33 @@ class _Watch:
 def _anonymous_bytes(pid: int) -> int:
     total = 0
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:") and line.split()[2:] == ["1"]:
+            return 0  # the init: it shows what it shares with the zygote and has nothing of its own
         if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
             total += int(line.split()[1]) * 1024
     return total
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the child with all that it started."""
-    if process.poll() is None:
-        process.terminate()  # the supervisor then kills every descendant and ends
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    end_session(process.pid)
-    for stream in (process.stdout, process.stderr):
-        if stream:
-            stream.close()
+def _end(sandbox: zygote.Sandbox) -> None:
+    """Ends the process with all that it started."""
+    for number in (0, signal.SIGTERM, signal.SIGKILL):  # at SIGTERM it kills every descendant
+        if number:
+            sandbox.signal(number)
+        with contextlib.suppress(TimeoutError):
+            sandbox.wait(5.0 if number else 0.0)
+            break
+    end_session(sandbox.pid)
+    sandbox.release()
 
 
 def _outcome(watch: _Watch, cause: str, limits: Limits) -> dict[str, Any]:
+    if cause == "timed_out":
+        return _timed_out(limits)
     mib = limits.memory_bytes / 2**20
     stderr = watch.stderr.decode(errors="replace").strip()
     last_line = stderr.splitlines()[-1][:500] if stderr else ""
-    code = watch.process.returncode
-    if cause == "timed_out":
-        message = f"ran longer than its {limits.seconds:g} s"
-        return {"outcome": cause, "message": message, "seconds": limits.seconds}
+    found = watch.sandbox.returncode
+    code = -signal.SIGKILL if found is None else found
     if cause == "result_too_large":
         message = f"wrote a result of more than {limits.result_bytes} bytes"
         return {"outcome": "killed", "message": message}
@@ -188,11 +188,20 @@ def _outcome(watch: _Watch, cause: str, limits: Limits) -> dict[str, Any]:
     if cause == "out_of_memory" or aborted:
         message = f"needed more than its {mib:.0f} MiB of memory"
         return {"outcome": "out_of_memory", "message": message, "memory_bytes": limits.memory_bytes}
+    return _killed(code, last_line)
+
+
+def _timed_out(limits: Limits) -> dict[str, Any]:
+    message = f"ran longer than its {limits.seconds:g} s"
+    return {"outcome": "timed_out", "message": message, "seconds": limits.seconds}
+
+
+def _killed(code: int, said: str) -> dict[str, Any]:
+    facts: dict[str, Any]
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", perhaps by the host's out-of-memory killer" if code == -signal.SIGKILL else ""
-        message = f"was killed by {name}{hint}"
-        facts: dict[str, Any] = {"signal": name}
+        message, facts = f"was killed by {name}{hint}", {"signal": name}
     else:
         message, facts = f"ended with status {code} and no result", {"exit_status": code}
-    return {"outcome": "killed", "message": f"{message} ({last_line})".replace(" ()", ""), **facts}
+    return {"outcome": "killed", "message": f"{message} ({said})".replace(" ()", ""), **facts}

@@ -1,30 +1,84 @@
-"""The isolated process: closes itself off, runs one function, writes one JSON object.
+"""A zygote (``zygote``), and the isolated process that it forks.
 
-Started by ``sandbox.run_isolated``; the arguments are on standard input, the outcome goes to
-what was standard output. The function's own prints go to standard error.
+That closes itself off, runs one function and writes one JSON object: the arguments are on standard
+input, the outcome goes to what was standard output, the function's own prints to standard error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
+import select
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.compute.config import Level, Limits
-from orchestrator.compute.functions import run_function
+from orchestrator.compute.functions import import_modules, run_function
 from orchestrator.compute.supervise import Jail, supervise
+from orchestrator.compute.zygote import MESSAGE_BYTES
 
+IDLE_S = 120.0
+"""Between rounds that take longer than this a start does not matter, and its memory would."""
 _RESERVE = 64 * 2**20  # what is left to report a MemoryError with
 _OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 
 
-def main() -> None:
-    """Entry point of ``python -m orchestrator.compute.sandbox_child ORDER``."""
-    order: dict[str, Any] = json.loads(sys.argv[1])
+def main() -> NoReturn:
+    """Entry point of ``python -m orchestrator.compute.sandbox_child MODULE…``.
+
+    Its standard input is the link to its caller: orders come, process ids and return codes go.
+    """
+    link = socket.socket(fileno=os.dup(0))
+    with contextlib.suppress(Exception):  # the sandbox imports it again, and says what is wrong
+        import_modules(tuple(sys.argv[1:]))
+    gc.freeze()  # or a collection in a sandbox would write to every object's page
+    own, last = os.getpid(), 0
+    while select.select([link], [], [], IDLE_S)[0]:
+        if last:  # only now, lest its number became another's while the caller still used it
+            os.waitpid(last, 0)
+        data, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 3)
+        if not data:
+            break
+        last = os.fork()
+        if last == 0:
+            os.setsid()
+            for number, fd in enumerate(fds):
+                os.dup2(fd, number)
+            os.closerange(3, max(*fds, link.fileno()) + 1)
+            _carry_out(json.loads(data), own)
+        for fd in fds:
+            os.close(fd)
+        if not _see_through(link, last):
+            break
+    os._exit(0)
+
+
+def _see_through(link: socket.socket, pid: int) -> bool:
+    """Tells the caller of a sandbox and of its end; whether the caller is there still."""
+    ended = os.pidfd_open(pid)
+    try:
+        link.send(str(pid).encode())
+        if ended not in select.select([link.fileno(), ended], [], [])[0]:
+            return False  # while one runs the caller says nothing: it has gone
+        found = os.waitid(os.P_PIDFD, ended, os.WEXITED | os.WNOWAIT)
+        assert found is not None  # noqa: S101 - only WNOHANG gives None
+        code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        link.send(str(code).encode())
+    except OSError:
+        return False
+    finally:
+        os.close(ended)
+    return True
+
+
+def _carry_out(order: Mapping[str, Any], parent: int) -> NoReturn:
+    """Runs a function, closed off, and ends; with its zygote at the latest."""
     cell = order["cell"]
     jail = Jail(
         levels=tuple(Level(level) for level in cell["levels"]),
@@ -44,7 +98,7 @@ def main() -> None:
             stream.write(json.dumps(answer).encode())
         return 0
 
-    supervise(jail, order["parent"], body)
+    supervise(jail, parent, body)
 
 
 def _readable(folder: str) -> bool:

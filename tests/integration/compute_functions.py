@@ -95,6 +95,32 @@ def orphans(args: Json) -> Json:
     return {}
 
 
+def holds(args: Json) -> Json:
+    """Stays, with a file open, until it is ended."""
+    with Path(args["path"]).open("w"):
+        signal.pause()
+    return {}
+
+
+MARKS: list[str] = []
+
+
+def marks(_args: Json) -> Json:
+    """Says what an earlier call left behind, and leaves it behind."""
+    found = [*MARKS, os.environ.get("MARK", ""), str(Path.cwd())]
+    MARKS.append("module")
+    os.environ["MARK"] = "environment"
+    os.chdir("/tmp")
+    return {"found": found}
+
+
+def imported_by(_args: Json) -> Json:
+    """The process that imported a module, and whether that was this one."""
+    from tests.integration import preloaded
+
+    return {"pid": preloaded.PID, "here": not preloaded.EARLIER}
+
+
 def prints(_args: Json) -> Json:
     print('{"outcome": "ok", "value": "forged"}', flush=True)
     os.write(1, b"noise\n")
@@ -130,6 +156,6 @@ FUNCTIONS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
         *(square, norm, slow, opens, raises, spins, eats, eats_shared, connects, reads, lists),
-        *(dies, leaves, orphans, prints, where_am_i, escapes),
+        *(dies, leaves, orphans, holds, marks, imported_by, prints, where_am_i, escapes),
     )
 }

@@ -237,6 +237,65 @@ def test_a_plugin_leaves_no_process(either: Compute, tmp_path: Path) -> None:
     assert holders(path) == []
 
 
+def test_a_plugin_finds_nothing_that_another_left_in_memory(either: Compute) -> None:
+    assert [either.isolated("marks", {}, LIMITS)["found"] for _ in range(2)] == [["", "/"]] * 2
+
+
+@pytest.fixture
+def preloading() -> InProcessCompute:
+    return InProcessCompute(
+        ComputeConfig(functions=FUNCTIONS, preload=("tests.integration.preloaded",))
+    )
+
+
+def test_what_plugins_need_is_imported_once(preloading: InProcessCompute) -> None:
+    first, second = (preloading.isolated("imported_by", {}, LIMITS) for _ in range(2))
+    assert not first["here"]
+    assert first == second
+
+
+def test_a_module_that_is_not_to_be_had_stops_no_plugin_that_does_without() -> None:
+    config = ComputeConfig(functions=FUNCTIONS, preload=("tests.integration.nowhere",))
+    assert InProcessCompute(config).isolated("prints", {}, LIMITS) == {"value": "real"}
+
+
+def test_with_its_zygote_a_plugin_ends_and_the_next_has_another(
+    preloading: InProcessCompute, tmp_path: Path
+) -> None:
+    zygote = preloading.isolated("imported_by", {}, LIMITS)["pid"]
+    os.mkfifo(tmp_path / "held")
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(preloading.isolated, "holds", {"path": str(tmp_path / "held")}, LIMITS)
+        with (tmp_path / "held").open() as file:
+            os.kill(zygote, signal.SIGKILL)
+            assert file.read() == ""  # when nobody has it open any more
+        with pytest.raises(errors.PluginKilled, match="SIGKILL"):
+            held.result()
+    assert preloading.isolated("imported_by", {}, LIMITS)["pid"] != zygote
+
+
+CALLER = """
+import sys
+from orchestrator.compute import ComputeConfig, InProcessCompute, Limits
+from tests.integration.compute_functions import FUNCTIONS
+limits = Limits(seconds=100, memory_bytes=2**28)
+InProcessCompute(ComputeConfig(functions=FUNCTIONS)).isolated("holds", {"path": sys.argv[1]}, limits)
+"""
+
+
+def test_with_its_caller_a_plugin_ends_and_its_zygote(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "held")
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLER, str(tmp_path / "held")], cwd=ROOT
+    ) as caller:
+        with (tmp_path / "held").open() as file:
+            pids = [child.pid for child in psutil.Process(caller.pid).children(recursive=True)]
+            assert len(pids) > 2
+            caller.kill()
+            assert file.read() == ""
+        assert gone(pids)
+
+
 @pytest.mark.parametrize(
     "victim",
     [

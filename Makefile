@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12      which interpreter .venv is made from (3.11 or later)
 #   PYTEST_ARGS="-x -k round"   more arguments for pytest
-#   ROWS=5,46 SEEDS=6      what `make evidence-seeds` runs
+#   ROWS=5,46 SEEDS=6 DATA=fashion-mnist   what `make evidence-seeds` runs
 #   SAMPLE=40 SEED=1 MOMENTS=300   which kills `make kill-anywhere` does; all points and 300 moments without
 #   SEED=1                 which slow scenarios `make test` draws
 #   MINUTES=20 RATE=300 SEED=1   how long `make chaos` storms, how many faults an hour, and which
@@ -30,6 +30,7 @@ WORKERS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 ROWS ?=
 SEEDS ?=
+DATA ?=
 SAMPLE ?= 0
 SEED ?= 0
 MOMENTS ?= 300
@@ -75,7 +76,7 @@ docs: $(READY_TO_DEVELOP) ## write docs/configuration.md and docs/strategies fro
 	$(BIN)/python -m docs.generate
 
 evidence-seeds: $(READY_TO_DEVELOP) ## check the claims of papers: ROWS=5,46 SEEDS=6
-	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS))
+	$(BIN)/python -m benchmarks.evidence_seeds $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA))
 
 evidence-calibration: $(READY_TO_DEVELOP) ## losses, maps and sets over five sites: SEEDS=6 (an hour or two)
 	$(BIN)/python -m benchmarks.calibration $(if $(SEEDS),--seeds $(SEEDS))

@@ -1,11 +1,13 @@
 """Rows: run the claims of papers through a real orchestrator and real sites, and say what held.
 
-    python -m benchmarks.evidence_seeds [--rows 5,46] [--seeds 6]
+    python -m benchmarks.evidence_seeds [--rows 5,46] [--seeds 6] [--data fashion-mnist]
 
 For every row each arm is one run a seed, all in one federation. The last lines are one a row,
 ``row 5 co_learning: holds`` or what fell short; the exit code is 1 if any did. The tables go into
 docs/evidence.md, between the marks of their row, whatever they show, and the figures to
 strategies/measured, where `farflung strategies NAME` finds them.
+
+With other data than a row's own its table is information beside it: bars and claim are of the row's own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from strategies.row import FIGURES, Measured, Row, Scores, Seed, rows
+from strategies.row import FIGURES, Measured, Row, Scores, Seed, merged, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / "docs/evidence.md"
@@ -85,15 +87,53 @@ def run_row(row: Row, seeds: int) -> list[Seed]:
         return [run_seed(row, seed, federation.run) for seed in range(seeds)]
 
 
+def on_other_data(row: Row, data: str) -> Row:
+    """The row with other pictures.
+
+    Raises:
+        SystemExit: Its task has no others.
+    """
+    task = getattr(importlib.import_module(f"benchmarks.tasks.{row.task}"), row.task.upper())
+    if "data" not in task.Params.model_fields:
+        raise SystemExit(f"row {row.number}: its task {row.task} has no other data")
+    return row._replace(run=merged(row.run, {"task": {"params": {"data": data}}}), data=data)
+
+
 def table(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
     """The row's part of docs/evidence.md."""
-    columns = _columns({name for seed in seeds for arm in row.arms for name in seed[arm]})
     lines = [
         f"## Row {row.number}: {row.method}",
         "",
         f"Claim: {row.claim} Control: {row.control}. Data: {row.data}, {len(seeds)} seeds.",
         f"Reproduced: {row.reproduced}.",
         "",
+        *_figures(row, seeds),
+        "",
+        "All bars hold." if not short else "Fell short: " + "; ".join(short) + ".",
+    ]
+    return "\n".join(lines)
+
+
+def information(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
+    """What stands below that, of a row on other data."""
+    return "\n".join(
+        [
+            f"### Row {row.number}, {row.method}, on {row.data}",
+            "",
+            f"As information, {len(seeds)} seeds; arms and rates are those of the row's own data.",
+            "",
+            *_figures(row, seeds),
+            "",
+            "The bars of the row's own data would hold."
+            if not short
+            else "By the bars of the row's own data: " + "; ".join(short) + ".",
+        ]
+    )
+
+
+def _figures(row: Row, seeds: Sequence[Seed]) -> list[str]:
+    columns = _columns({name for seed in seeds for arm in row.arms for name in seed[arm]})
+    lines = [
         "| arm | " + " | ".join(column.title for column in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
@@ -104,8 +144,7 @@ def table(row: Row, seeds: Sequence[Seed], short: Sequence[str]) -> str:
         of = [arm for arm in row.arms if score in seeds[0][arm]]
         values = "; ".join(f"{arm} {_spread(seeds, arm, score, 1, 4)}" for arm in of)
         lines += ["", f"{score}: {values}."]
-    lines += ["", "All bars hold." if not short else "Fell short: " + "; ".join(short) + "."]
-    return "\n".join(lines)
+    return lines
 
 
 class Column(NamedTuple):
@@ -149,9 +188,9 @@ def _spread(seeds: Sequence[Seed], arm: str, score: str, scale: float, digits: i
     return f"{text} ± {spread:.{digits}f}" if spread else text
 
 
-def written(document: str, number: int, part: str) -> str:
-    """The document with a row's part replaced, or added at its end."""
-    begin, end = f"<!-- row {number} -->", f"<!-- end of row {number} -->"
+def written(document: str, what: str, part: str) -> str:
+    """The document with the part between its marks replaced, or added at its end."""
+    begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
     block = f"{begin}\n{part}\n{end}"
     if begin in document and end in document:
         before, _, rest = document.partition(begin)
@@ -185,19 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evidence-seeds", description=(__doc__ or "")[:99])
     parser.add_argument("--rows", default="", help="numbers, such as 5,46; all by default")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (5)")
+    parser.add_argument("--data", default="", help="fashion-mnist: other pictures, as information")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the tables go")
     options = parser.parse_args(arguments)
     figures = FIGURES if options.out == EVIDENCE else options.out.parent / FIGURES.name
     verdicts, failed = [], False
-    for row in chosen(options.rows, rows()):
+    for own in chosen(options.rows, rows()):
+        row = on_other_data(own, options.data) if options.data else own
         seeds = run_row(row, options.seeds)
         short = row.holds(seeds)
-        failed |= bool(short)
-        verdicts.append(verdict(row, short))
         document = options.out.read_text(encoding="utf-8") if options.out.exists() else HEAD
-        part = table(row, seeds, short)
-        options.out.write_text(written(document, row.number, part), encoding="utf-8")
-        Measured.of(row, seeds, short).write(row.number, figures)
+        if options.data:
+            what, part = f"row {row.number} on {options.data}", information(row, seeds, short)
+        else:
+            what, part = f"row {row.number}", table(row, seeds, short)
+            failed |= bool(short)
+            verdicts.append(verdict(row, short))
+            Measured.of(row, seeds, short).write(row.number, figures)
+        options.out.write_text(written(document, what, part), encoding="utf-8")
         print("\n" + part + "\n", flush=True)
     print("\n".join(verdicts))
     return int(failed)

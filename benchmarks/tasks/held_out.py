@@ -7,10 +7,8 @@ drawn anew from the site's held-out ones for each ``draw``, while what it trains
 
 from __future__ import annotations
 
-import gzip
 from functools import cache, cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,10 +20,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.pictures import fashion_mnist
 from farflung import Options, Task
 
 CLASSES = 10
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 LEAST = 4  # pictures of a site: none is left without
 
 
@@ -158,11 +156,6 @@ def pictures(data: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         digits = load_digits()
         return (digits.data / 16).astype(np.float32), digits.target.astype(np.int64)
     halves = ("t10k", "train") if data == "fashion_mnist_all" else ("t10k",)
-    images, labels = [], []
-    for half in halves:
-        with gzip.open(FASHION_MNIST / f"{half}-images-idx3-ubyte.gz") as file:
-            images.append(np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784))
-        with gzip.open(FASHION_MNIST / f"{half}-labels-idx1-ubyte.gz") as file:
-            labels.append(np.frombuffer(file.read(), np.uint8, offset=8))
-    pixels = np.concatenate(images).astype(np.float32) / 255
-    return pixels, np.concatenate(labels).astype(np.int64)
+    found = [fashion_mnist(half) for half in halves]
+    pixels = np.concatenate([images for images, _ in found]).reshape(-1, 784)
+    return pixels.astype(np.float32) / 255, np.concatenate([labels for _, labels in found])

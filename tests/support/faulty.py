@@ -93,6 +93,7 @@ class FaultyFederation(Federation):
         self.lines: dict[str, Proxy] = {}
         self._with_lines, self._disks, self._with_clocks = lines, dict(disks or {}), clocks
         self._clocks: dict[str, Clock] = {}
+        self._stopped: dict[str, list[psutil.Process]] = {}
 
     def configure(self) -> None:
         """Make the home as always, on a disk of its own where one was asked for."""
@@ -273,10 +274,12 @@ class FaultyFederation(Federation):
         for one in self.family(who, process):
             with suppress(psutil.NoSuchProcess):
                 one.suspend()
+                self._stopped.setdefault(who, []).append(one)
 
     def resume(self, who: str) -> None:
         """SIGCONT for everything of one end."""
-        for one in self.family(who):
+        # What was stopped may belong to a daemon that was killed since, and can't notice it.
+        for one in {*self.family(who), *self._stopped.pop(who, ())}:
             with suppress(psutil.NoSuchProcess):
                 one.resume()
 

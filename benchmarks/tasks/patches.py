@@ -36,7 +36,7 @@ class PATCHES(Task):
 
         Attributes:
             seed: Of the patches that are cut.
-            train: Training patches of each class at each site.
+            train: Training patches of each class at a site that has it.
             test: Test patches of each class, the same at every site.
             width: Channels.
         """
@@ -51,9 +51,11 @@ class PATCHES(Task):
 
         Attributes:
             part: Its number: each part has patches of its own.
+            parts: Of how many that share the classes out: part k has the classes k, k + parts, ….
         """
 
         part: int = Field(0, ge=0)
+        parts: int = Field(1, ge=1, le=len(PICTURES))
 
     params: Params
     settings: Settings
@@ -69,28 +71,33 @@ class PATCHES(Task):
         )  # fmt: skip
 
     def train_data(self) -> TensorDataset:
-        return self._patches("train", self.params.train, self.settings.part)
+        return self._patches("train", self.params.train, self.settings.part, self.classes)
 
     def val_data(self) -> TensorDataset:
-        return self._patches("val", 20, self.settings.part)
+        return self._patches("val", 20, self.settings.part, self.classes)
 
     def test_data(self) -> TensorDataset:
-        return self._patches("test", self.params.test, 0)
+        return self._patches("test", self.params.test, 0, range(len(PICTURES)))
 
-    def _patches(self, which: str, count: int, part: int) -> TensorDataset:
+    @property
+    def classes(self) -> range:
+        """Those that this site has."""
+        return range(self.settings.part % self.settings.parts, len(PICTURES), self.settings.parts)
+
+    def _patches(self, which: str, count: int, part: int, classes: range) -> TensorDataset:
         stream = {"train": 0, "val": 1, "test": 2}[which]
         random = np.random.default_rng([self.params.seed, stream, part])
         inputs: list[NDArray[np.float32]] = []
-        for picture in self._pictures:
+        for label in classes:
+            picture = self._pictures[label]
             middle = picture.shape[1] // 2
             half = picture[:, :middle] if which == "train" else picture[:, middle:]
             rows = random.integers(0, half.shape[0] - SIDE + 1, count)
             columns = random.integers(0, half.shape[1] - SIDE + 1, count)
             inputs += [half[r : r + SIDE, c : c + SIDE] for r, c in zip(rows, columns, strict=True)]
         stacked: Tensor = torch.from_numpy(np.stack(inputs))[:, None]
-        return TensorDataset(
-            (stacked - 0.45) / 0.25, torch.arange(len(PICTURES)).repeat_interleave(count)
-        )
+        labels = torch.tensor(list(classes)).repeat_interleave(count)
+        return TensorDataset((stacked - 0.45) / 0.25, labels)
 
     @cached_property
     def _pictures(self) -> list[NDArray[np.float32]]:
@@ -104,7 +111,7 @@ class PATCHES(Task):
 
 
 def controls(seed: int) -> dict[str, dict[str, float]]:
-    """Newcomers that learn from as many real patches as three sites condense."""
+    """Newcomers that learn from as many real patches as the sites condense."""
     from strategies.condensation.fyi import ROW, learn
     from strategies.context import seeded
 
@@ -115,7 +122,7 @@ def controls(seed: int) -> dict[str, dict[str, float]]:
             task = PATCHES(PATCHES.Params(seed=seed), PATCHES.Settings(**site.settings))
             inputs, targets = task.train_data().tensors
             generator = seeded(seed, "real", site.name)
-            for label in range(len(PICTURES)):
+            for label in task.classes:
                 rows = torch.nonzero(targets == label).flatten()
                 drawn = rows[torch.randperm(len(rows), generator=generator)[:per_class]]
                 chosen.append((inputs[drawn], targets[drawn]))

@@ -373,9 +373,9 @@ ROW = Row(
     method="fyi",
     claim="Mirror images inside the matching loss make condensed examples worth more.",
     control="distribution matching without flips, as many real patches drawn at random",
-    data="P10, 16 x 16",
+    data="P10, 16 x 16; each site has photographs that no other has",
     task="patches",
-    sites=tuple(Site(f"site{k}", {"part": k}) for k in range(3)),
+    sites=tuple(Site(f"site{k}", {"part": k, "parts": 3}) for k in range(3)),
     run={
         "task": {"name": "patches"},
         "rounds": 1,

@@ -12,6 +12,7 @@ sandbox ends with its zygote (``supervise``).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -197,9 +198,12 @@ def fork(kind: Kind, order: Mapping[str, Any], arguments: IO[bytes], deadline: f
         raise
 
 
-def _keep(zygote: _Zygote) -> None:
+def _keep(zygote: _Zygote | None) -> None:
     global _spare
     with _lock:
         other, _spare = _spare, zygote
     if other is not None:
         other.end()
+
+
+atexit.register(_keep, None)

@@ -234,14 +234,20 @@ def _arm(**params: Any) -> dict[str, Any]:
 
 
 def _holds(seeds: Sequence[Seed]) -> list[str]:
-    single, one = mean(seeds, "single"), mean(seeds, "one")
-    return at_least("branch 0 over a single branch, points", 100 * (one - single), 1.0)
+    out: list[str] = []
+    for what, arm in (("branch 0", "one"), ("the gated ensemble", "ensemble")):
+        points = 100 * (mean(seeds, arm) - mean(seeds, "single"))
+        out += at_least(f"{what} over a network alone, points", points, -1.0)
+    return out
 
 
 ROW = Row(
     number=6,
     method=NAME,
-    claim="A branch that learned from the gated ensemble of its siblings beats a network alone.",
+    claim=(
+        "A branch that learned from the gated ensemble of its siblings beats a network alone. Here: "
+        "neither it nor the ensemble is worse, at the cost of two more branches in training."
+    ),
     control="a single branch, three branches without distillation",
     data="P10",
     task="p10",
@@ -260,7 +266,12 @@ ROW = Row(
         },
         "assess": {"every": 1000},
     },
-    arms={"single": _arm(), "undistilled": _arm(weight=0.0), "one": _arm(weight=1.0)},
+    arms={
+        "single": _arm(),
+        "undistilled": _arm(weight=0.0),
+        "one": _arm(weight=1.0),
+        "ensemble": _arm(weight=1.0, deploy="ensemble"),
+    },
     holds=_holds,
-    reproduced="partly",
+    reproduced="no",
 )

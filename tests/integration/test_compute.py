@@ -254,6 +254,15 @@ def test_what_plugins_need_is_imported_once(preloading: InProcessCompute) -> Non
     assert first == second
 
 
+def test_torch_computes_with_more_threads_than_one_in_a_fork() -> None:
+    config = ComputeConfig(functions=FUNCTIONS, preload=("torch",))
+    limits = Limits(seconds=60, memory_bytes=2**30, threads=2)
+    for _ in range(2):
+        found = InProcessCompute(config).isolated("norm", {"seed": 1}, limits)
+        assert found["threads"] == 2
+        assert found["norm"] == pytest.approx(300_000**0.5, rel=0.01)
+
+
 def test_a_module_that_is_not_to_be_had_stops_no_plugin_that_does_without() -> None:
     config = ComputeConfig(functions=FUNCTIONS, preload=("tests.integration.nowhere",))
     assert InProcessCompute(config).isolated("prints", {}, LIMITS) == {"value": "real"}

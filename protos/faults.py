@@ -226,9 +226,10 @@ site_agent/link/sender.py
     contribute.saying contribute.said contribute.status.heard contribute.head.sent
     contribute.chunk.sent contribute.sent contribute.answered contribute.verdict.kept
     contribute.settled
+site_agent/link/outgoing.py
+    control.saying control.progress control.beating
 site_agent/link/stream.py
-    control.saying control.progress control.beating control.dialled control.heard control.ended
-    control.attached
+    control.dialled control.heard control.ended control.attached
 site_agent/link/trainer_process.py
     trainer.spawned trainer.told
 site_agent/link/worker.py

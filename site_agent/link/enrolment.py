@@ -22,7 +22,7 @@ from protos.identity import (
 from protos.rpc import from_rpc_error
 from protos.v1 import site_pb2, site_pb2_grpc
 from site_agent.link.keys import Keys, store
-from site_agent.link.wire import Wire, dial
+from site_agent.link.wire import Wire, dial, hang_up
 
 TIMEOUT_S = 30.0
 
@@ -58,7 +58,7 @@ def join(token: JoinToken, folder: Path, address: str = "", server_name: str = "
             "try again when it can be reached"
         ) from None
     finally:
-        channel.close()
+        hang_up(channel)
     keys = Keys(folder, key, reply.certificate, reply.authority, token.address)
     _check(keys)
     store(keys)
@@ -78,7 +78,7 @@ def renew(keys: Keys, wire: Wire) -> Keys:
     try:
         reply = _enrol(channel, keys.key)
     finally:
-        channel.close()
+        hang_up(channel)
     _check(Keys(keys.folder, keys.key, reply.certificate, reply.authority, keys.address))
     return keys.renewed(reply.certificate, reply.authority)
 

@@ -22,7 +22,7 @@ from protos.spares import Spares
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.policy import Policy
-from site_agent.link.wire import Wire, backoff
+from site_agent.link.wire import Wire, backoff, hang_up
 
 WANTED_S = 1.0
 """While no window is open, it is looked this often whether the model is still wanted."""
@@ -115,7 +115,7 @@ class Fetcher:
         with self._lock:
             channel, self._channel = self._channel, None
         if channel is not None:
-            channel.close()
+            hang_up(channel)
 
     def allowed(self, allowed: bool) -> None:
         """Whether models may move now; one that is on its way stops, and goes on later."""

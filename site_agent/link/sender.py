@@ -23,7 +23,7 @@ from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.plans import order_of
-from site_agent.link.wire import Wire, backoff
+from site_agent.link.wire import Wire, backoff, hang_up
 
 STATUS_TIMEOUT_S = 30.0
 ASK_AGAIN_S = 1.0
@@ -137,7 +137,7 @@ class Sender:
         with self._condition:
             channel, self._channel = self._channel, None
         if channel is not None:
-            channel.close()
+            hang_up(channel)
 
     def ask(self, plans: Iterable[str]) -> None:
         """Ask how it stands with plans whose work was answered for another attempt."""

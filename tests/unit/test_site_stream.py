@@ -7,8 +7,8 @@ import pytest
 from protos.errors import InvalidInput
 from protos.v1 import site_pb2
 from site_agent.config import NetworkSection
-from site_agent.link import stream as stream_module
-from site_agent.link.stream import HEARTBEAT_S, PROGRESS_S, STATE_S, Outgoing, Said
+from site_agent.link import outgoing as outgoing_module
+from site_agent.link.outgoing import HEARTBEAT_S, PROGRESS_S, STATE_S, Outgoing, Said
 from site_agent.link.wire import Wire, backoff, channel_options, host_of, is_loopback
 
 
@@ -47,7 +47,7 @@ def test_only_the_newest_progress_of_a_plan_is_said() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(stream_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(outgoing_module, "monotonic", lambda: now[0])
     return now
 
 

@@ -394,7 +394,7 @@ ROW = Row(
         for name, flip in (("fyi", True), ("dm", False))
     },
     holds=_holds,
-    reproduced="partly",
+    reproduced="yes",
     beside=("real-1", "real-5"),
     policy={"condensed_data": True},
 )

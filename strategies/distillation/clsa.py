@@ -160,7 +160,7 @@ ROW = Row(
     method=NAME,
     claim=(
         "Lower levels that are aligned with the top find people again better, at every scale. Here: "
-        "they say what the top says, and little is lost; none finds anything better."
+        "they say more often what the top says, and little is lost; none finds anything better."
     ),
     control="the same classifiers on the levels without alignment (deep supervision)",
     data="M5 as re-identification: digits 0 to 5 are learned, 6 to 9 found again at three scales",

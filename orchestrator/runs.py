@@ -30,6 +30,9 @@ PAUSE_S = 0.5
 (its disk is full) would else use up all of them before what ails it can pass."""
 
 
+STOPPED = "the run was stopped"
+
+
 class Runner:
     """Runs the queue in a thread of its own.
 
@@ -78,6 +81,7 @@ class Runner:
             ledger.set_run(
                 row.id, state="stopped", reason="stopped by the operator", ended=time.time()
             )
+            self._free(row)
             self._changed(row.id, False)
             return
         (self._stop_now if now else self._stop_after).add(row.id)
@@ -239,10 +243,18 @@ class Runner:
         ledger = self._engine.ledger
         for attempt in ledger.open_rounds():
             if attempt.run == row.id:
-                ledger.abandon_round(row.id, attempt.round, attempt.attempt, "the run was stopped")
+                ledger.abandon_round(row.id, attempt.round, attempt.attempt, STOPPED)
+        self._free(row)
         ledger.set_run(row.id, state="stopped", reason="stopped by the operator", ended=time.time())
         self._note("warning", row, None, f"run {row.name} was stopped by the operator")
         self._changed(row.id, False)
+
+    def _free(self, row: RunRow) -> None:
+        """Sites that are still at work for a run that was stopped need not go on."""
+        ledger = self._engine.ledger
+        for last in ledger.rounds(row.id, all_attempts=True)[-1:]:
+            plans = [p for p in ledger.plans(row.id, last.round, last.attempt) if not p.answer]
+            self._engine.exchange.cancel(plans, [p.site for p in plans], STOPPED)
 
     def _settled(self, row: RunRow, held: RoundRow) -> bool:
         """Whether a held round is decided upon and the run goes on; if not, the run is paused."""

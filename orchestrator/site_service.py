@@ -171,6 +171,10 @@ class ControlService(site_pb2_grpc.ControlServicer):
         reader.start()
         for row in self._ledger.open_plans(session.site):
             session.send(site_pb2.ToSite(plan=site_pb2.PlanOffer(plan=row.plan)))
+        for plan_id in self._not_wanted(session):
+            session.send(
+                site_pb2.ToSite(cancel=site_pb2.Cancel(plan_id=plan_id, reason="its run has ended"))
+            )
         reach("attach.offered")
         context.add_callback(session.end)
         try:
@@ -209,6 +213,14 @@ class ControlService(site_pb2_grpc.ControlServicer):
         reach("attach.welcomed")
         self._sessions.attach(session)
         return session
+
+    def _not_wanted(self, session: Session) -> list[str]:
+        """Plans that a site is still at, whose run ended while it was away."""
+        rows = (self._ledger.plan(plan_id, session.site) for plan_id in session.hello.plans)
+        ended = ("finished", "stopped", "failed")
+        return [
+            row.id for row in rows if row is not None and self._ledger.run(row.run).state in ended
+        ]
 
     def _read(self, session: Session, caller: Caller, said: Iterator[site_pb2.FromSite]) -> None:
         try:

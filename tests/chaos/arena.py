@@ -35,6 +35,9 @@ STEPS = EPOCHS * SAMPLES // BATCH
 PER_STEP_S = 0.001
 """Sites save their training after every step, so a kill costs at most one."""
 
+DEADLINE_S = 12.0
+"""Where sites contribute what they have done by then."""
+
 LOOK_S, END_S = 0.03, 0.5
 STANDSTILL_S = 180.0
 ROUSE_S = 2.0
@@ -131,11 +134,14 @@ class Arena:
         if what.distils:
             strategy.insert(3, {"name": "feddf", "steps": 3, "samples": 80})
         more = {"assess": {"holdout": True}} if what.fails else {}
+        cohort: dict[str, Any] = {"quorum": "all", "deadline_s": 600, "attempts": 50}
+        if what.cut_short:
+            cohort |= {"deadline_s": DEADLINE_S, "partial": True}
         config = self.ground.config(
             f"{shape}-{self._runs}",
             rounds=what.rounds,
             task={"name": "blobs", "params": {"hidden": what.hidden, "samples": SAMPLES}},
-            cohort={"quorum": "all", "deadline_s": 600, "attempts": 50},
+            cohort=cohort,
             local={
                 "work": {"epochs": EPOCHS},
                 "batch_size": BATCH,
@@ -288,7 +294,7 @@ class Arena:
                 lives = lives or federation.traced(end.name, case.process, end.mark)
                 if end.due == inf and lives:
                     end.due = now + self.draw.uniform(0.0, 2 * seen.seconds)
-                struck = now >= end.due and self._kill_now(end.name, case.process)
+                struck = now >= end.due and self.kill_now(end.name, case.process)
             else:
                 struck = federation.struck(end.name)
                 if not struck and case.roused and now >= end.due:
@@ -339,14 +345,14 @@ class Arena:
         """Kill something else at an end, or the daemon, so that a process gets where it does not."""
         end.roused += 1
         if end.name == ORCHESTRATOR:
-            return self._kill_now(end.name, "daemon")
+            return self.kill_now(end.name, "daemon")
         # A trainer goes on only with what the one before it has left half done.
         if case.process == "trainer":
-            return self._trains(end.name) and self._kill_now(end.name, "trainer")
+            return self._trains(end.name) and self.kill_now(end.name, "trainer")
         name, process = [(end.name, "trainer"), (end.name, "link"), (ORCHESTRATOR, "daemon")][
             self.draw.randrange(3)
         ]
-        return self._kill_now(name, process)
+        return self.kill_now(name, process)
 
     def _trains(self, site: str) -> bool:
         """Waits until a site makes a step; False if it makes none."""
@@ -367,8 +373,8 @@ class Arena:
                 self.found.setdefault(other.name, other)
         end.read = len(trace)
 
-    def _kill_now(self, name: str, process: str) -> bool:
-        """SIGKILL; whether there was something to kill."""
+    def kill_now(self, name: str, process: str) -> bool:
+        """SIGKILL for one process of an end; whether there was something to kill."""
         federation = self.ground.federation
         child = federation.daemon if name == ORCHESTRATOR else federation.agents()[name]
         family = child.tree()
@@ -394,12 +400,13 @@ class Arena:
         self.ground.clear()
         for end in ends:
             federation.forgive(end.name)
-        federation.await_that(self._serves, "a daemon", STANDSTILL_S, revive=True)
+        federation.await_that(self.serves, "a daemon", STANDSTILL_S, revive=True)
         federation.await_sites(SITES)
         if self.told(out.run)[0] in ("running", "queued"):
             federation.client.stop(out.run, True)
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
+        """Whether there is a daemon that answers."""
         try:
             self.ground.federation.daemon.first_line(STANDSTILL_S)
             return bool(self.ground.federation.client.sites())

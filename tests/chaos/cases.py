@@ -21,6 +21,7 @@ class Shape(NamedTuple):
         distils: Whether the orchestrator distils too, for which it starts a process in every round.
         fails: Whether a site's training fails once in every round, so that a second attempt counts what the
             others have finished; and the model is looked at with the orchestrator's own data too.
+        cut_short: Whether sites contribute what they have done when the deadline is near.
         processes: That may be killed.
     """
 
@@ -28,6 +29,7 @@ class Shape(NamedTuple):
     rounds: int
     distils: bool = False
     fails: bool = False
+    cut_short: bool = False
     processes: tuple[str, ...] = ("daemon", "link", "trainer")
 
 

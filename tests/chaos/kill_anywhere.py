@@ -9,7 +9,7 @@ among them those that it gets to only after another kill, or a random moment. A 
 can (`tests.chaos.arena`); it has to end by itself, with the models, outer states, memos, scores and
 calibration maps of an undisturbed run, `farflung verify` has to find nothing, and no more steps may be
 trained again than processes were killed (sites save after every step). The cases of a run that does not are
-halved until it is known which they were.
+halved until it is known which they were. Points that no such run gets to have scenes (`tests.chaos.scenes`).
 
 Finished cases stand in a file and are not run again. The last line is ``N cases, N identical``.
 """
@@ -35,6 +35,7 @@ from protos.faults import POINTS
 from tests.chaos.arena import EPOCHS, PER_STEP_S, STEPS, Arena, Seen
 from tests.chaos.cases import MOMENT, Case, Disturbed, Result, Shape, points
 from tests.chaos.recovery import Recoveries, recoveries
+from tests.chaos.scenes import CUT_SHORT, PLAYS, SCENES, Stage
 from tests.support.field import SITES, Field
 from tests.support.warm import WarmFederation
 
@@ -43,9 +44,12 @@ SHAPES = {
     "small": Shape(12, 6, distils=True),
     "fails": Shape(30_000, 6, fails=True),
     "gateway": Shape(30_000, 6, processes=("gateway",)),
+    PLAYS: Shape(200_000, 1),
+    CUT_SHORT: Shape(200_000, 1, cut_short=True),
     "whole": Shape(30_000, 13),
 }
-"""The last one in a federation that has to start its own Ray and its trainers."""
+"""The last one in a federation that has to start its own Ray and its trainers. Of scenes the models have
+several chunks, and a run has as many rounds as there are scenes."""
 COMPUTE = 4
 """Kills in the compute process. It has no points: nobody knows what it writes until the daemon adopts it.
 One that dies five times within five minutes is given up."""
@@ -166,13 +170,17 @@ def _write(record: Record, result: Result) -> None:
 
 
 @contextmanager
-def ground(folder: Path, daemon: dict[str, Any] | None = None) -> Iterator[Field]:
+def ground(
+    folder: Path, daemon: dict[str, Any] | None = None, lines: bool = False
+) -> Iterator[Field]:
     """A federation that is quickly back: its Ray is kept, its trainers are forked."""
     folder.mkdir()
     nursery = Nursery(folder)
     trainer = {"checkpoint": PER_STEP_S, "command": nursery.command}
     try:
-        field = Field(folder / "f", daemon=daemon, trainer=trainer, kind=WarmFederation)
+        field = Field(
+            folder / "f", daemon=daemon, trainer=trainer, kind=WarmFederation, lines=lines
+        )
         with field.federation:
             yield field
     finally:
@@ -208,6 +216,10 @@ def main() -> int:
         with ground(folder / "gateways", {"gateways": {"processes": 1}}) as field:
             arena = Arena(field, SHAPES, chosen.seed)
             work_off(arena, arena.cases("gateway"), record)
+        with ground(folder / "stage", lines=True) as field:
+            stage = Stage(field, SHAPES, chosen.seed)
+            for shape in SCENES:
+                work_off(stage, stage.cases(shape), record, others=False)
         plain = Field(folder / "whole", trainer={"checkpoint": PER_STEP_S})
         with plain.federation:
             known = {"whole": Seen({}, [], [], 3.0)}

@@ -1,4 +1,4 @@
-"""Samples of `make kill-anywhere`: kills change no bit of any model. And kills where a site joins."""
+"""Samples of `make kill-anywhere`: kills change no bit of any model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.child import Child
 from tests.chaos.arena import STEPS, Arena, Seen
 from tests.chaos.cases import MOMENT, Case, Shape
-from tests.chaos.kill_anywhere import ground
-from tests.support.faulty import ORCHESTRATOR
+from tests.chaos.kill_anywhere import SHAPES, ground
+from tests.chaos.scenes import SCENES, Stage
 from tests.support.field import SITES, Field
 
 ANYWHERE = {
@@ -70,42 +69,13 @@ def test_a_sample_of_kills_changes_no_bit_and_costs_a_step_each(tmp_path: Path) 
         assert len(came.struck) >= 15
 
 
-JOINING = (
-    *(("link", f"join.{at}") for at in ("begun", "key.kept", "stored", "done")),
-    *(("link", f"keys.{at}") for at in ("written", "replaced")),
-    *(("daemon", f"enrol.{at}") for at in ("issued", "recorded")),
-)
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-@pytest.mark.timeout(600)
-def test_a_join_that_is_killed_anywhere_is_taken_up_with_the_same_token(field: Field) -> None:
-    federation = field.federation
-    for number, (process, point) in enumerate(JOINING):
-        site = f"new-{number}"
-        folder = federation.folder(site)
-        folder.mkdir(parents=True, mode=0o700)
-        token = folder / "token"
-        token.write_text(federation.client.invite(site).token)
-        token.chmod(0o600)
-        (folder / "site.toml").write_text((federation.folder(SITES[0]) / "site.toml").read_text())
-
-        def join(token: Path = token, site: str = site) -> Child:
-            return federation._site_command(site, "join", f"@{token}")
-
-        end = site if process == "link" else ORCHESTRATOR
-        federation.kill(end, at=point, process=process)
-        assert join().join(60) != 0
-        assert federation.struck(end), point
-        if process == "daemon":
-            federation.daemon.join(60)
-            federation.start_daemon()
-        if point != "join.done":  # it has joined, and the token is used
-            assert join().join(60) == 0, point
-        federation.start_site(site)
-        state = {row.name: row for row in federation.client.sites()}[site]
-        assert state.state == "attached", point
-        federation.stop_site(site)
-        federation.client.revoke(site)
-        del federation._children[site]
+@pytest.mark.timeout(900)
+def test_kills_that_take_a_scene_change_no_bit(tmp_path: Path) -> None:
+    """Work that is refused, late, stopped or cut short, lines that break, and a site that joins."""
+    with ground(tmp_path / "ground", lines=True) as field:
+        stage = Stage(field, dict(SHAPES), seed=3)
+        for number, shape in enumerate(SCENES):
+            came = stage.disturb(stage.cases(shape), seed=13 + number)
+            assert came.problem == ""
+            assert came.missed == []

@@ -368,6 +368,28 @@ def test_it_counts_too_if_the_daemon_is_killed_between_the_attempts(field: Field
     assert field.steps("south") == field.steps("east") == per_round
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_run_that_is_stopped_frees_its_sites_at_once(field: Field, away: bool) -> None:
+    federation, gate = field.federation, field.switches["south"] / "gate"
+    gate.touch()
+    federation.forget_traces()
+    run = federation.launch(field.config(f"stopped-{away}", rounds=1))
+    wait_for(field.switches["south"] / "reached", 60)
+    if away:
+        federation.stop("south", "link")
+        states = lambda: {site.name: site.state for site in federation.client.sites()}  # noqa: E731
+        federation.await_that(lambda: states()["south"] != "attached", "south is gone", 60)
+    federation.client.stop(run, now=True)
+    federation.await_that(lambda: federation.state(run)[0] == "stopped", "stopped", 60)
+    federation.resume("south")
+    assert field.steps("south") == 1
+    heard = ("link", "plan.cancelled")
+    federation.await_that(lambda: heard in federation.trace("south"), "its plan cancelled", 60)
+    gate.unlink()
+    finished(field, federation.launch(field.config(f"after-{away}", rounds=1)))
+    assert field.steps("south") == 1 + 2 * 120 // 20
+
+
 def test_no_process_is_left(tmp_path: Path) -> None:
     field = Field(tmp_path / "f")
     with field.federation:

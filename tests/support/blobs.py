@@ -166,9 +166,11 @@ def _obey(switches: Path, model: nn.Module) -> None:
         raise ValueError("a sample of patient 4712 is broken")
     elif what == "raise":
         raise ValueError("a sample of patient 4711 is broken")
-    elif what in ("nan", "inf"):
+    elif what in ("nan", "nan once", "inf"):
+        if what == "nan once":
+            (switches / "fault").unlink()
         with torch.no_grad():
-            model.unseen[1] = float(what)  # type: ignore[operator]
+            model.unseen[1] = float(what.split()[0])  # type: ignore[operator]
     elif what == "explode":
         with torch.no_grad():
             model.first.weight.mul_(1.5)  # type: ignore[operator, union-attr]

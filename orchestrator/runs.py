@@ -17,6 +17,7 @@ from orchestrator.rounds.engine import Engine
 from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
 from orchestrator.run_config import RunConfig
+from orchestrator.views import RunState
 from protos.errors import FarflungError, Unavailable, reference_id
 from protos.faults import reach
 
@@ -30,7 +31,10 @@ PAUSE_S = 0.5
 (its disk is full) would else use up all of them before what ails it can pass."""
 
 
+IDLE: tuple[RunState, ...] = ("queued", "paused")
 STOPPED = "the run was stopped"
+STOPS_NOW, STOPS_AFTER = "it is to stop at once", "it is to stop after this round"
+"""Reasons of a run that is running: what its operator asked for outlives the daemon."""
 
 
 class Runner:
@@ -47,8 +51,6 @@ class Runner:
         self._wake = threading.Condition()
         self._ending = threading.Event()
         self._news = True
-        self._stop_now: set[str] = set()
-        self._stop_after: set[str] = set()
         self._thread = threading.Thread(target=self._live, name="runner", daemon=True)
         self._tidying = ThreadPoolExecutor(1, thread_name_prefix="tidying")
         self._tidied: Future[None] | None = None
@@ -74,17 +76,21 @@ class Runner:
         self._tidying.shutdown()
 
     def stop(self, run: str, now: bool) -> None:
-        """Stop a run: after the round under way, or at once."""
+        """Stop a run: after the round under way, or at once.
+
+        Raises:
+            Conflict: It ends, or begins, just now.
+        """
         ledger = self._engine.ledger
         row = ledger.run(run)
-        if row.state == "queued" or (row.state == "paused"):
-            ledger.set_run(
-                row.id, state="stopped", reason="stopped by the operator", ended=time.time()
-            )
+        if row.state in IDLE:
+            why, ended = "stopped by the operator", time.time()
+            ledger.set_run(row.id, state="stopped", reason=why, ended=ended, expect=IDLE)
             self._free(row)
             self._changed(row.id, False)
             return
-        (self._stop_now if now else self._stop_after).add(row.id)
+        ledger.set_run(row.id, reason=STOPS_NOW if now else STOPS_AFTER, expect=("running",))
+        self._changed(row.id, False)
         if now and self.current == row.id:
             self._engine.exchange.interrupt()
 
@@ -149,6 +155,7 @@ class Runner:
             return None  # the daemon before this one ended between the two
         behind = after_rejected(ledger, row.id)
         abandoning, waiting, tries, died, looked = "", "", 0, -1, False
+        taken_up = any(attempt.run == row.id for attempt in ledger.open_rounds())
         while not self._ending.is_set():
             row = ledger.run(row.id)
             last = ledger.last_committed(row.id)
@@ -156,18 +163,18 @@ class Runner:
             reach("run.round.begun")
             if number > row.rounds:
                 self._tidy()
-                self._forget(row)
                 ledger.set_run(row.id, state="finished", reason="", ended=time.time())
                 reach("run.finished")
                 self._note("info", row, None, f"run {row.name} finished after {row.rounds} rounds")
                 return self._changed(row.id, False)
-            if row.id in self._stop_after or row.id in self._stop_now:
+            if row.reason == STOPS_NOW or (row.reason == STOPS_AFTER and not taken_up):
                 return self._stopped(row)
             try:
                 if not looked:
                     check_intact(self._engine, row)
                     looked = True
                 outcome = self._one(row, number, abandoning)
+                taken_up = False
             except ComputeDied as error:
                 if died == number or self._ending.is_set():
                     raise
@@ -233,13 +240,7 @@ class Runner:
         rounds = self._engine.ledger.rounds(row.id, all_attempts=True)
         return max(r.attempt for r in rounds if r.round == number)
 
-    def _forget(self, row: RunRow) -> None:
-        """Whoever asked to stop a run that has ended did not mean what it does after an `extend`."""
-        self._stop_after.discard(row.id)
-        self._stop_now.discard(row.id)
-
     def _stopped(self, row: RunRow) -> None:
-        self._forget(row)
         ledger = self._engine.ledger
         for attempt in ledger.open_rounds():
             if attempt.run == row.id:
@@ -264,7 +265,6 @@ class Runner:
         return not why
 
     def _pause(self, row: RunRow, reason: str) -> None:
-        self._forget(row)
         self._engine.ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
         self._note("error", row, None, f"run {row.name} is paused: {reason}")
         self._changed(row.id, False)

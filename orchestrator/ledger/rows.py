@@ -100,7 +100,7 @@ class RunRow:
         rounds: How many rounds it shall have.
         created: When it was submitted.
         state: See ``views.RunState``.
-        reason: Why it is paused, stopped or failed.
+        reason: Why it is paused, stopped or failed; of one that is running, that it is to be stopped.
         started: When its first round began.
         ended: When it reached its end; None while it is queued or running.
         parent: (run id, round) that it was started from; None for none.

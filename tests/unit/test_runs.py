@@ -420,6 +420,48 @@ def test_stop_ends_after_the_round_under_way(bench: Bench) -> None:
     assert [r.round for r in bench.bench.ledger.history("a")] == [0, 1, 2]
 
 
+def test_a_stop_outlives_the_daemon_and_the_round_under_way_is_finished(bench: Bench) -> None:
+    bench.bench.run("a", rounds=5)
+    entered, ending = threading.Event(), threading.Event()
+
+    def is_left(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == 0:
+            return bench.commit(run, number)
+        engine.ledger.plan_round(RoundRow("a", 1, 1))
+        entered.set()
+        assert ending.wait(WAIT_S)
+        raise Unavailable("the daemon ends")
+
+    bench.does = is_left
+    interrupt = bench.bench.engine.exchange.interrupt
+    bench.bench.engine.exchange.interrupt = lambda: (interrupt(), ending.set())[0]  # type: ignore[method-assign]
+    bench.runner.start()
+    assert entered.wait(WAIT_S)
+    bench.runner.stop("a", now=False)
+    bench.runner.end()
+    assert bench.bench.ledger.run("a").state == "running"
+
+    bench.does = lambda engine, run, number, abandoning: bench.commit(run, number)
+    bench.runner = Runner(bench.bench.engine, bench._change)
+    bench.runner.start()
+    assert bench.until("a", "stopped").reason == "stopped by the operator"
+    assert [r.round for r in bench.bench.ledger.history("a")] == [0, 1]
+
+
+def test_a_daemon_that_is_killed_over_a_stop_at_once_stops_the_run_when_it_is_back(
+    bench: Bench,
+) -> None:
+    bench.bench.run("a", rounds=5)
+    bench.bench.commit("a", 0)
+    bench.bench.ledger.plan_round(RoundRow("a", 1, 1))
+    bench.bench.ledger.set_run("a", state="running")
+    bench.runner.stop("a", now=True)
+    bench.runner.start()
+    bench.until("a", "stopped")
+    assert bench.asked == []
+    assert bench.bench.ledger.round("a", 1).state == "abandoned"
+
+
 def test_stop_in_the_last_round_does_not_stop_what_is_extended_later(bench: Bench) -> None:
     bench.bench.run("a", rounds=1)
     bench.does = gate = Gate(bench, 1)

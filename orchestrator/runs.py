@@ -89,7 +89,7 @@ class Runner:
             self._free(row)
             self._changed(row.id, False)
             return
-        ledger.set_run(row.id, reason=STOPS_NOW if now else STOPS_AFTER, expect=("running",))
+        ledger.set_run(row.id, reason=STOPS_NOW if now else STOPS_AFTER, expect={"running"})
         self._changed(row.id, False)
         if now and self.current == row.id:
             self._engine.exchange.interrupt()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.pictures import Data, small_pictures
 from farflung import Options, Task
 
 OLD, NEW = range(5), range(5, 8)
@@ -33,10 +34,12 @@ class ARRIVALS(Task):
         Attributes:
             seed: Of the division, and of the model that knows the old digits.
             hidden: Width of the hidden layer.
+            data: Clothes may take the digits' place.
         """
 
         seed: int = Field(0, ge=0, lt=2**32)
         hidden: int = Field(64, ge=1)
+        data: Data = "digits"
 
     class Settings(Options):
         """This site's part.
@@ -89,10 +92,8 @@ class ARRIVALS(Task):
 
     @cached_property
     def _digits(self) -> tuple[Tensor, Tensor]:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        return torch.from_numpy(pixels / 16).float(), torch.from_numpy(labels.astype(np.int64))
+        pixels, labels = small_pictures(self.params.data)
+        return torch.from_numpy(pixels).flatten(1), torch.from_numpy(labels)
 
     def _part(self, number: int) -> tuple[Tensor, Tensor]:
         """Samples that taught the old digits (0), those at the sites (1), those for the test (2)."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.tasks.part import Part
+from benchmarks.tasks.pictures import Data, small_pictures
 from farflung import Options, Task
 
 CLASSES = 10
@@ -37,12 +38,14 @@ class D8(Task):
             train: Training samples of all sites together.
             proxy: Unlabelled samples at the orchestrator.
             hidden: Width of the hidden layer.
+            data: Clothes may take the digits' place.
         """
 
         seed: int = Field(0, ge=0, lt=2**32)
         train: int = Field(400, ge=1)
         proxy: int = Field(1000, ge=0)
         hidden: int = Field(64, ge=1)
+        data: Data = "digits"
 
     Settings = Part
     params: Params
@@ -74,11 +77,8 @@ class D8(Task):
 
     @cached_property
     def _digits(self) -> tuple[Tensor, Tensor]:
-        from sklearn.datasets import load_digits
-
-        found = load_digits()
-        pixels = torch.from_numpy(found.data.astype(np.float32) / 16).view(-1, 1, 8, 8)
-        return pixels, torch.from_numpy(found.target.astype(np.int64))
+        pixels, labels = small_pictures(self.params.data)
+        return torch.from_numpy(pixels)[:, None], torch.from_numpy(labels)
 
     @cached_property
     def division(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -88,18 +88,18 @@ class D8(Task):
         return order[:train], order[train : train + proxy], order[train + proxy :]
 
 
-def controls(seed: int) -> dict[str, dict[str, float]]:
+def controls(seed: int, data: Data = "digits") -> dict[str, dict[str, float]]:
     """Trees of the same depth that learn from labels: of one site, of 300 pictures, and CART of those."""
     from sklearn.tree import DecisionTreeClassifier
 
     from strategies.context import seeded
     from strategies.trees.soft_tree import SoftTree, grow
 
-    task, like = D8(D8.Params(seed=seed)), SoftTree()
+    task, like = D8(D8.Params(seed=seed, data=data)), SoftTree()
     unseen, truth = task.test_data().tensors
 
-    def soft(data: TensorDataset, name: str) -> dict[str, float]:
-        inputs, labels = data.tensors
+    def soft(samples: TensorDataset, name: str) -> dict[str, float]:
+        inputs, labels = samples.tensors
         tree = grow(
             inputs,
             F.one_hot(labels, CLASSES).float(),

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.tasks.part import Part
+from benchmarks.tasks.pictures import Cut, clothes
 from farflung import Options, Task
 
 PHOTOGRAPHS = (
@@ -37,12 +38,14 @@ class P10(Task):
             train: Training patches of all sites together.
             val: Validation patches.
             test: Test patches.
+            data: Clothes, whole ones, may take the place of what is cut from photographs.
         """
 
         seed: int = Field(0, ge=0, lt=2**32)
         train: int = Field(600, ge=10)
         val: int = Field(200, ge=10)
         test: int = Field(1000, ge=10)
+        data: Cut = "photographs"
 
     Settings = Part
     params: Params
@@ -80,8 +83,11 @@ class P10(Task):
     def _patches(self, half: str, count: int, stream: int) -> TensorDataset:
         generator = np.random.default_rng([self.params.seed, stream])
         labels = np.arange(count) % len(PHOTOGRAPHS)
-        patches = [cut(self._photographs[label], half, generator) for label in labels]
-        pixels = torch.from_numpy(np.stack(patches)).float()
+        if self.params.data == "fashion-mnist":
+            patches = clothes("train" if half == "left" else "t10k", labels, generator)
+        else:
+            patches = np.stack([cut(self._photographs[i], half, generator) for i in labels])
+        pixels = torch.from_numpy(patches).float()
         return TensorDataset(4 * (pixels[:, None] - 0.45), torch.from_numpy(labels))
 
     @cached_property

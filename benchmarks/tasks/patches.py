@@ -8,14 +8,17 @@ Unlike digits, most of these look the same in a mirror.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from benchmarks.tasks.pictures import Cut, clothes
 from farflung import Options, Task
 
 PICTURES = (
@@ -39,12 +42,14 @@ class PATCHES(Task):
             train: Training patches of each class at a site that has it.
             test: Test patches of each class, the same at every site.
             width: Channels.
+            data: Clothes, in means of 2 x 2 with a border, may take the place of the patches.
         """
 
         seed: int = Field(0, ge=0, lt=2**32)
         train: int = Field(100, ge=1)
         test: int = Field(100, ge=1)
         width: int = Field(16, ge=4)
+        data: Cut = "photographs"
 
     class Settings(Options):
         """This site's part.
@@ -87,6 +92,8 @@ class PATCHES(Task):
     def _patches(self, which: str, count: int, part: int, classes: range) -> TensorDataset:
         stream = {"train": 0, "val": 1, "test": 2}[which]
         random = np.random.default_rng([self.params.seed, stream, part])
+        if self.params.data == "fashion-mnist":
+            return self._clothes("train" if which == "train" else "t10k", count, classes, random)
         inputs: list[NDArray[np.float32]] = []
         for label in classes:
             picture = self._pictures[label]
@@ -99,6 +106,15 @@ class PATCHES(Task):
         labels = torch.tensor(list(classes)).repeat_interleave(count)
         return TensorDataset((stacked - 0.45) / 0.25, labels)
 
+    @staticmethod
+    def _clothes(
+        half: Literal["train", "t10k"], count: int, classes: range, random: np.random.Generator
+    ) -> TensorDataset:
+        wanted = np.repeat(np.array(classes), count)
+        whole = torch.from_numpy(clothes(half, wanted, random))[:, None]
+        small = F.pad(F.avg_pool2d(whole, 2), (1, 1, 1, 1))
+        return TensorDataset((small - 0.45) / 0.25, torch.from_numpy(wanted))
+
     @cached_property
     def _pictures(self) -> list[NDArray[np.float32]]:
         from skimage import data
@@ -110,7 +126,7 @@ class PATCHES(Task):
         return [p.astype(np.float32) for p in grey]
 
 
-def controls(seed: int) -> dict[str, dict[str, float]]:
+def controls(seed: int, data: Cut = "photographs") -> dict[str, dict[str, float]]:
     """Newcomers that learn from as many real patches as the sites condense."""
     from strategies.condensation.fyi import ROW, learn
     from strategies.context import seeded
@@ -119,7 +135,7 @@ def controls(seed: int) -> dict[str, dict[str, float]]:
     for per_class in (1, 5):
         chosen = []
         for site in ROW.sites:
-            task = PATCHES(PATCHES.Params(seed=seed), PATCHES.Settings(**site.settings))
+            task = PATCHES(PATCHES.Params(seed=seed, data=data), PATCHES.Settings(**site.settings))
             inputs, targets = task.train_data().tensors
             generator = seeded(seed, "real", site.name)
             for label in task.classes:

@@ -12,7 +12,7 @@ from benchmarks.tasks.m5 import M5
 from benchmarks.tasks.m5blends import LEVELS, M5BLENDS
 from benchmarks.tasks.pictures import FASHION_MNIST, Data, pictures
 from strategies import scores
-from strategies.row import rows
+from strategies.row import Row, rows
 
 
 def test_blends_are_no_samples_and_have_two_classes() -> None:
@@ -39,18 +39,32 @@ def test_blends_are_no_samples_and_have_two_classes() -> None:
     assert {name: whole[name] for name in alone} == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        "digits",
-        pytest.param(
-            "fashion-mnist",
-            marks=pytest.mark.skipif(
-                not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed"
-            ),
-        ),
-    ],
+installed = pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed"
 )
+
+
+@installed
+@pytest.mark.parametrize("row", rows().values(), ids=lambda row: row.method)
+def test_every_row_runs_on_clothes_as_well(row: Row) -> None:
+    kind = getattr(importlib.import_module(f"benchmarks.tasks.{row.task}"), row.task.upper())
+    params, settings = row.run["task"].get("params", {}), kind.Settings(**row.sites[0].settings)
+    own = kind(kind.Params(**params), settings)
+    clothes = kind(kind.Params(**{**params, "data": "fashion-mnist"}), settings)
+    assert len(clothes.train_data()) == pytest.approx(len(own.train_data()), rel=0.2)
+    (pictures, labels), (others, theirs) = own.test_data()[:], clothes.test_data()[:]
+    assert others.dtype == pictures.dtype
+    assert others.std() == pytest.approx(pictures.std(), rel=0.6)
+    assert theirs.unique().tolist() == labels.unique().tolist()
+    with torch.no_grad():
+        shapes = [
+            task.forward(task.model(), x[:2]).shape
+            for task, x in ((own, pictures), (clothes, others))
+        ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("data", ["digits", pytest.param("fashion-mnist", marks=installed)])
 def test_five_hundred_pictures_of_each_class(data: Data) -> None:
     pixels, labels = pictures(data)
     assert pixels.shape == (5000, 28, 28)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _EACH, _EACH_SMALL = 500, 180
 
 
+@cache
 def pictures(data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(5000, 28, 28) from 0 to 255, 500 of each class, and their classes.
 

@@ -33,7 +33,7 @@ PAUSE_S = 0.5
 
 IDLE: tuple[RunState, ...] = ("queued", "paused")
 STOPPED = "the run was stopped"
-STOPS_NOW, STOPS_AFTER = "it is to stop at once", "it is to stop after this round"
+STOPS_NOW, STOPS_AFTER = "stops at once", "stops after this round"
 """Reasons of a run that is running: what its operator asked for outlives the daemon."""
 
 

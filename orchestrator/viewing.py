@@ -222,7 +222,7 @@ class Viewing:
         parts = []
         if row.state == "running":
             parts.append(f"Round {current or len(history) + 1} of {row.rounds}")
-            parts.append("learning" if history else "starting")
+            parts.append(row.reason or ("learning" if history else "starting"))
         elif row.state == "finished":
             parts.append(f"Finished after {len(history)} rounds")
         else:
@@ -239,7 +239,7 @@ class Viewing:
             asked = len(self._asked(config))
             counted = len(history[-1].summary.get("counted", ()))
             parts.append(f"{counted} of {asked} sites")
-        if row.state == "running" and eta:
+        if row.state == "running" and eta and not row.reason:
             parts.append(f"{_duration(eta)} left")
         if wire:
             parts.append(f"{_size(wire)} exchanged")

@@ -192,6 +192,8 @@ def test_a_run_under_way(bench: Workbench, viewing: Viewing) -> None:
     assert "val 25.0 %" in view.headline
     assert "2 of 2 sites" in view.headline
     assert "5 MB exchanged" in view.headline
+    bench.ledger.set_run("r", reason="stops after this round")
+    assert viewing.run("r").headline.startswith("Round 3 of 4 · stops after this round · ")
     assert view.wire_bytes == 5_000_000
     assert not view.needs_action
 

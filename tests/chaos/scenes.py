@@ -383,6 +383,8 @@ SCENES: dict[str, dict[tuple[str, str], Play]] = {
         ("link", "part.old_record.removed"): _lost_part,
         ("daemon", "part.synced"): _cut_in_an_upload,
         ("daemon", "part.recorded"): _cut_in_an_upload,
+        ("daemon", "status.asked"): _cut_in_an_upload,
+        ("link", "contribute.status.heard"): _cut_in_an_upload,
         ("daemon", "part.discarded"): _sent_twice,
         ("daemon", "receive.settled"): _sent_twice,
         ("daemon", "spool.swept"): _left_in_the_spool,

@@ -14,7 +14,7 @@ import random
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -104,6 +104,7 @@ class Arena:
         seed: Of what is drawn.
         found: Cases that came up: points that are reached only after a kill.
         known: What undisturbed runs of a shape reach; looked at where it is not given.
+        elsewhere: Processes and points that scenes are played for; they do not come up here.
         interval: Steps between two checkpoints of a site: what a kill may cost.
     """
 
@@ -112,6 +113,7 @@ class Arena:
     seed: int = 0
     found: dict[str, Case] = field(default_factory=dict)
     known: dict[str, Seen] = field(default_factory=dict)
+    elsewhere: Container[tuple[str, str]] = ()
     interval: int = 1
     _runs: int = 0
 
@@ -221,7 +223,8 @@ class Arena:
     def cases(self, shape: str) -> list[Case]:
         """Every process and point that a run of this shape reaches."""
         processes = self.shapes[shape].processes
-        return [Case(*key, shape) for key in sorted(self.seen(shape).often) if key[0] in processes]
+        reached = [key for key in sorted(self.seen(shape).often) if key not in self.elsewhere]
+        return [Case(*key, shape) for key in reached if key[0] in processes]
 
     def _fail(self) -> None:
         """A site's training fails in the next step."""
@@ -368,7 +371,9 @@ class Arena:
         """What was reached there that no undisturbed run gets to."""
         trace = self.ground.federation.trace(end.name)
         for process, at in dict.fromkeys(trace[end.read :]):
-            if (process, at) not in seen.often and process in self.shapes[case.shape].processes:
+            if (process, at) in seen.often or (process, at) in self.elsewhere:
+                continue
+            if process in self.shapes[case.shape].processes:
                 other = Case(process, at, case.shape, roused=True)
                 self.found.setdefault(other.name, other)
         end.read = len(trace)

@@ -199,7 +199,8 @@ def main() -> int:
     before = record.sums["seconds"]
     folder = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     with ground(folder / "plain") as field:
-        arena = Arena(field, SHAPES, chosen.seed)
+        played = {key for scenes in SCENES.values() for key in scenes}
+        arena = Arena(field, SHAPES, chosen.seed, elsewhere=played)
         moments = arena.draw.choices(("daemon", "link", "trainer"), k=chosen.random)
         cases = [Case(p, MOMENT, "large", number=n) for n, p in enumerate(moments, 1)]
         known: set[tuple[str, str]] = set()

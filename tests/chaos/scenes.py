@@ -26,6 +26,8 @@ PLAYS, CUT_SHORT = "scenes", "cut-short"
 """Shapes. In the second one a site contributes the one step that it has made when the deadline is near,
 which changes the model: the run that it is compared with has the same done to it."""
 
+ROUNDS = 6
+"""Of a run, at least."""
 WAIT_S = 90.0
 SITE, OTHERS = SITES[0], SITES[1:]
 SLOW_MBIT, BRIEFLY_S, LONG_S = 8, 4.0, 60.0
@@ -61,6 +63,7 @@ class Stage(Arena):
                 (out.struck if struck else out.missed).append(case)
                 out.kills += struck
                 self._end()
+            self._fill_up(out.shape, ROUNDS)
         except (TimeoutError, RuntimeError) as error:
             out.problem = str(error)
             out.struck = out.struck or [case]
@@ -76,10 +79,16 @@ class Stage(Arena):
             return super().undisturbed(shape, seed, fails)
         rounds = self.shapes[shape].rounds
         self._begin(shape, seed)
-        while self._rounds < rounds:
-            self.cut_short()
-            self._end()
+        self._fill_up(shape, rounds)
         return self.rounds(self.run)
+
+    def _fill_up(self, shape: str, rounds: int) -> None:
+        while self._rounds < rounds:
+            if shape == CUT_SHORT:
+                self.cut_short()
+            else:
+                self.go_on()
+            self._end()
 
     def _begin(self, shape: str, seed: int) -> None:
         self._of_rounds(shape, 1)

@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 
 PROTOCOL = 1
 
+PLANS_HEARD = 64
+"""Of those that a site says it is still at: each is looked up, and it may name as many as it likes."""
+
 STATES: dict[int, WorkState] = {
     site_pb2.Progress.WAITING: "waiting",
     site_pb2.Progress.PREPARING: "preparing",
@@ -216,7 +219,8 @@ class ControlService(site_pb2_grpc.ControlServicer):
 
     def _not_wanted(self, session: Session) -> list[str]:
         """Plans that a site is still at, whose run ended while it was away."""
-        rows = (self._ledger.plan(plan_id, session.site) for plan_id in session.hello.plans)
+        named = session.hello.plans[:PLANS_HEARD]
+        rows = (self._ledger.plan(plan_id, session.site) for plan_id in named)
         ended = ("finished", "stopped", "failed")
         return [
             row.id for row in rows if row is not None and self._ledger.run(row.run).state in ended

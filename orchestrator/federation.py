@@ -203,7 +203,7 @@ class Federation:
         """``kill -9`` the daemon, and wait until what it had started is gone too."""
         self._remember()
         family = self.daemon.tree()
-        os.kill(self.daemon.pid, 9)
+        end_at_once(family[:1])
         self.daemon.join(STOP_S)
         end_at_once(wait_gone(family, 10.0))
 

@@ -131,7 +131,7 @@ def odd(row: ContributionRow, header: Header, trained_on: str) -> list[str]:
         )
     if header.metrics.get("train_state_missing"):
         found.append(
-            f"site {row.site}: its state from before round {row.round} is not there any more "
-            "(contributions/ of its folder); it began afresh"
+            f"site {row.site}: its state from before round {row.round} is not there any more, "
+            "or damaged (contributions/ of its folder); it began afresh"
         )
     return found

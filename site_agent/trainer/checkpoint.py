@@ -20,13 +20,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from protos.chunks import sync_folder
+from protos.errors import DataCorrupt
 from protos.faults import reach
-from site_agent.trainer.site_state import apart
+from site_agent.trainer import sealed
 from strategies.stack import State
 
 BRIEF_S = 1.0
@@ -85,15 +85,13 @@ class Checkpoints:
         """What this work got to before; None if there is nothing of it. Another work's is removed."""
         self._last = self._clock()
         try:
-            with safe_open(self._path, "pt") as file:
-                about = file.metadata() or {}
-                if about.get("mark") == self._mark:
-                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    return _parted(found, json.loads(about["about"]))
+            found, about = sealed.read(self._path)
+            if about.get("mark") == self._mark:
+                return _parted(found, json.loads(about["about"]))
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, ValueError) as error:
-            sys.stderr.write(f"{self._path.name} can't be read, so training begins anew: {error}\n")
+        except (DataCorrupt, KeyError, ValueError) as error:
+            sys.stderr.write(f"training begins anew: {error}\n")
         self._path.unlink(missing_ok=True)
         reach("checkpoint.refused")
         return None
@@ -108,7 +106,7 @@ class Checkpoints:
         about = {"mark": self._mark, "about": json.dumps(checkpoint.about)}
         new = self._path.with_name(f".{self._path.name}.new")
         try:
-            save_file(apart(tensors), new, about)
+            sealed.write(tensors, new, about)
             reach("checkpoint.written")
             fd = os.open(new, os.O_RDONLY)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 
 from protos.contribution import Header
 from protos.digest import canonical, digest
-from protos.errors import TaskFailed
+from protos.errors import DataCorrupt, TaskFailed
 from protos.faults import reach
 from protos.manifest import Index, Placement
 from protos.plan import Plan
@@ -173,12 +174,21 @@ class Exchange:
         if self.base is None:
             raise TaskFailed(f"site {self.work.site}: the plan names no base")
         base = self.work.read_base(self.base, self.plan.manifest)
-        remembered = SiteState.read(self.state) if self.state else SiteState()
+        remembered = self._remembered()
         self.work.reset()
         self.work.fill(base)
         self.work.load({n: v for n, v in remembered.own.items() if n in self.work.own})
         reach("train.begun")
         return base, remembered
+
+    def _remembered(self) -> SiteState:
+        if self.state is not None:
+            try:
+                return SiteState.read(self.state)
+            except DataCorrupt as error:
+                sys.stderr.write(f"this site begins afresh: {error}\n")
+                self.state = None  # as if it were gone, which is told
+        return SiteState()
 
     # -- init ------------------------------------------------------------------------------------
 

@@ -5,13 +5,12 @@ One safetensors file beside the payload of the contribution that made it; none i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from site_agent.trainer import sealed
 from strategies.stack import State
 
 STATE = "state.safetensors"
@@ -35,10 +34,14 @@ class SiteState:
 
     @classmethod
     def read(cls, folder: Path) -> SiteState:
-        """The state in a folder."""
+        """The state in a folder.
+
+        Raises:
+            DataCorrupt: It is not what was written.
+        """
         state = cls()
         try:
-            tensors = load_file(folder / STATE)
+            tensors, _ = sealed.read(folder / STATE)
         except FileNotFoundError:
             return state
         for name, tensor in tensors.items():
@@ -63,19 +66,4 @@ class SiteState:
         for strategy, state in self.strategies.items():
             tensors |= {f"{STRATEGY}{strategy}/{key}": value for key, value in state.items()}
         if tensors:
-            save_file(apart(tensors), folder / STATE, about)
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors wants them, which refuses two that share memory.
-
-    Only those are cloned: a residual is as large as the model.
-    """
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        tensor = value.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
+            sealed.write(tensors, folder / STATE, about)

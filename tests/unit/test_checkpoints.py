@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from site_agent.trainer.checkpoint import BRIEF_S, Checkpoint, Checkpoints
 from site_agent.trainer.exchange import Clock, Exchange
 from site_agent.trainer.watch import Watch
+from tests.support.disk import flip
 from tests.support.sites import base_of, plan_of, workload_of
 
 EVERY_STEP_S = 1e-9
@@ -161,12 +162,22 @@ def test_what_was_saved_is_enough_if_the_deadline_is_near(tmp_path: Path, switch
     assert (header.partial, header.steps, header.examples) == (True, 4, 16)
 
 
-def test_what_is_damaged_is_not_believed(tmp_path: Path, switches: Path) -> None:
+def torn(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def rotten(file: Path) -> None:
+    flip(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [torn, rotten])
+def test_what_is_damaged_is_not_believed(
+    tmp_path: Path, switches: Path, damage: Callable[[Path], None]
+) -> None:
     plan = plan_of(work=Work(epochs=2))
     undisturbed = perform(tmp_path, plan, "undisturbed")
     cut_off(tmp_path, switches, plan, "train.stepped", 5)
-    file = tmp_path / "checkpoint.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
+    damage(tmp_path / "checkpoint.safetensors")
     the_same(perform(tmp_path, plan, "anew"), undisturbed)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,17 +19,18 @@ from protos.manifest import Index, Manifest
 from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
 from protos.tensors import map_file
 from site_agent.pipe import Progress
-from site_agent.trainer import assessing
+from site_agent.trainer import assessing, sealed
 from site_agent.trainer import watch as watch_module
 from site_agent.trainer.exchange import Clock, Exchange
 from site_agent.trainer.pace import Pace
 from site_agent.trainer.randomness import seed_epoch, shuffled
-from site_agent.trainer.site_state import SiteState
+from site_agent.trainer.site_state import STATE, SiteState
 from site_agent.trainer.watch import JobCancelled, Watch
 from site_agent.trainer.workload import Workload
 from strategies import registry
 from strategies.stack import Stack
 from tests.support import site_tasks, strategies_for_tests
+from tests.support.disk import flip
 from tests.support.sites import base_of, plan_of, unpack, workload_of
 
 EVERY = {**registry.catalogue(), **{cls.name: cls for cls in strategies_for_tests.ALL}}
@@ -337,6 +339,48 @@ def test_states_of_strategies_travel_in_and_out(bench: Bench) -> None:
     carried = SiteState.read(second).strategies["test_half_precision"]
     for name, value in state.strategies["test_half_precision"].items():
         assert torch.equal(carried[name], value)
+
+
+def test_a_state_that_a_disk_damaged_counts_as_lost(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = bench.perform(plan_of(stack=("test_half_precision",)))
+    flip(out / STATE, (out / STATE).stat().st_size - 1)
+    later = plan_of(stack=("test_half_precision",), round=2, last_counted="c" * 64)
+    base = base_of(bench.folder, later)
+    header, _, after = bench.perform(later, out, base=base)
+    assert header.metrics["train_state_missing"] == 1.0
+    assert "state.safetensors is damaged" in capsys.readouterr().err
+    fresh, _, anew = bench.perform(later, base=base)
+    assert header.index == fresh.index
+    states = [SiteState.read(folder).strategies["test_half_precision"] for folder in (after, anew)]
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value)
+
+
+def test_a_state_of_an_earlier_version_has_no_seal(tmp_path: Path) -> None:
+    save_file({"own/a": torch.ones(2)}, tmp_path / STATE, {"run": "r"})
+    assert SiteState.read(tmp_path).own["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.int64])
+def test_a_seal_is_of_every_byte(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.ones(3, 2).to(dtype), "none": torch.zeros(0), "one": torch.tensor(7)}
+    file = tmp_path / "file"
+    sealed.write(tensors, file, {"run": "r"})
+    assert sealed.read(file)[1] == {"run": "r"}
+    refused, whole = 0, file.read_bytes()
+    for at in range(len(whole)):
+        flip(file, at)
+        try:
+            found, _ = sealed.read(file)
+        except DataCorrupt:
+            refused += 1
+        else:  # white space, or the name of the seal
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[name], value) for name, value in tensors.items())
+        file.write_bytes(whole)
+    assert refused > len(whole) - 20
 
 
 def test_what_is_placed_at_the_site_stays_and_comes_back(bench: Bench) -> None:

@@ -186,20 +186,22 @@ def test_a_model_that_the_disk_damaged_is_named(field: Field) -> None:
 
 
 def test_a_spool_that_the_disk_damaged_costs_a_chunk(field: Field) -> None:
+    federation = field.federation
+    federation.forget_traces()
     run = held_at(field, "east", "spool", task=LARGE, cohort={"quorum": "all", "deadline_s": 120})
-    field.federation.fail("east", Fault("contribute.chunk.sent", hit=2, do="stop", process="link"))
-    (field.switches["east"] / "gate").unlink()
-    field.federation.await_fault("east")
-    field.federation.kill_daemon()
-    payload = max(
-        field.federation.home.spool.glob("east/*/payload*"), key=lambda f: f.stat().st_size
+    told, others = ("daemon", "record.told"), len(SITES) - 1
+    federation.await_that(
+        lambda: federation.trace(ORCHESTRATOR).count(told) >= others, "the others counted", 60
     )
+    federation.kill(ORCHESTRATOR, at="spool.chunk.written", hit=2, process="daemon")
+    (field.switches["east"] / "gate").unlink()
+    federation.await_fault(ORCHESTRATOR)
+    payload = max(federation.home.spool.glob("east/*/payload*"), key=lambda f: f.stat().st_size)
     data = bytearray(payload.read_bytes())
     data[1000] ^= 1
     payload.write_bytes(data)
-    field.federation.start_daemon()
-    field.federation.resume("east")
-    field.federation.await_sites(SITES)
+    federation.start_daemon()
+    federation.await_sites(SITES)
     complete(field, run)
     assert field.steps("east") == STEPS
 

@@ -101,6 +101,7 @@ class Stage(Arena):
     def _played(self, case: Case) -> bool:
         """Play a scene; whether the process was killed."""
         self.ground.federation.forget_traces()
+        self._killed = None
         try:
             SCENES[case.shape][case.process, case.at](self, case)
         except TimeoutError as error:

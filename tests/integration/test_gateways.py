@@ -203,6 +203,7 @@ def test_a_daemon_that_is_killed_takes_its_gateways_along(field: Gated) -> None:
     gateways = until(lambda: len(found := field.gateways()) == GATEWAYS and found)
     os.kill(field.federation.daemon.pid, signal.SIGKILL)
     assert wait_gone(gateways, 10.0) == []
+    field.federation.daemon.join(10.0)  # the tests after this one ask whether it is alive
 
 
 @pytest.mark.slow

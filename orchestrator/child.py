@@ -29,6 +29,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 TAIL_BYTES = 4000
 
+BEGINS_S = 1.0
+"""How long a search waits for the environments of processes that just begin a program."""
+
 
 class Child:
     """A started process: its output goes to a log, its first lines can be waited for.
@@ -208,13 +211,22 @@ def runs(process: psutil.Process) -> bool:
 
 def marked(variable: str, value: str) -> list[psutil.Process]:
     """All processes of this user whose environment holds that variable with that value."""
-    found = []
+    found, until = [], time.monotonic() + BEGINS_S
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(variable) == value:
+            if process.pid != os.getpid() and _environment(process, until).get(variable) == value:
                 found.append(process)
         except (psutil.Error, OSError):
-            continue  # gone, another user's, or a kernel thread
+            continue  # gone, or another user's
+    return found
+
+
+def _environment(process: psutil.Process, until: float) -> dict[str, str]:
+    """Its environment, which is empty at first of a process that just begins a program."""
+    while not (found := process.environ()) and time.monotonic() < until:
+        if not process.exe():
+            break  # of the kernel: it has none
+        time.sleep(0.001)
     return found
 
 

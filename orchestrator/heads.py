@@ -9,6 +9,7 @@ from orchestrator.ledger import Ledger, PlanRow
 from orchestrator.run_config import RunConfig
 from orchestrator.store import Store
 from protos.contribution import Header
+from protos.digest import digest
 from protos.errors import ContributionRefused, NotFound
 from protos.identity import verify_header
 from protos.manifest import MAX_BYTES, Index, Manifest
@@ -78,16 +79,19 @@ class Heads:
             raise NotFound(f"site {site}: no plan {header.plan_id} was given to it", site=site)
         plan = Plan.decode(row.plan)
         index = Index.decode(head.index)
-        self._check_head(site, header, plan, index)
-        return Announced(header, header.digest, head.header, head.signature, index, plan, row)
+        self._check_head(site, header, plan, row.work_digest, index)
+        name = digest(head.header)  # it has one form: decoding has seen to that
+        return Announced(header, name, head.header, head.signature, index, plan, row)
 
-    def _check_head(self, site: str, header: Header, plan: Plan, index: Index) -> None:
+    def _check_head(
+        self, site: str, header: Header, plan: Plan, work_digest: str, index: Index
+    ) -> None:
         def refuse(what: str, key: str) -> None:
             raise ContributionRefused(
                 f"site {site}, plan {header.plan_id}: {what}", site=site, key=key
             )
 
-        if header.work_digest != plan.work_digest:
+        if header.work_digest != work_digest:
             refuse("it answers other work than the plan asks for", "work_digest")
         if header.kind != plan.kind:
             refuse(f"it is a {header.kind} contribution to a {plan.kind} plan", "kind")

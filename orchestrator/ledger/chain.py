@@ -12,31 +12,32 @@ import sqlalchemy as sa
 
 from orchestrator.ledger import tables
 from orchestrator.ledger.rows import Entry, EntryKind
+from orchestrator.ledger.statement import Statement
 from protos.digest import canonical, digest
 from protos.errors import DataCorrupt
 
 ENTRIES = tables.entries
 
-_NEWEST = (
+_NEWEST = Statement(
     sa.select(ENTRIES.c.number, ENTRIES.c.digest)
     .where(ENTRIES.c.run == sa.bindparam("the_run"))
     .order_by(ENTRIES.c.number.desc())
     .limit(1)
     .with_for_update()
 )
-_APPEND = sa.insert(ENTRIES)
+_APPEND = Statement(sa.insert(ENTRIES))
 
 
 def append(
     db: sa.Connection, run: str, kind: EntryKind, time: float, document: dict[str, Any]
 ) -> Entry:
     """Add an entry, in the transaction of what it tells; gives it."""
-    last = db.execute(_NEWEST, {"the_run": run}).first()
+    last = _NEWEST.first(db, {"the_run": run})
     number, previous = (last.number + 1, last.digest) if last else (1, "")
     text = canonical(document).decode()
     name = entry_digest(run, number, kind, time, text, previous)
     made = Entry(run, number, kind, time, text, previous, name)
-    db.execute(_APPEND, {field: getattr(made, field) for field in Entry.__slots__})
+    _APPEND.change(db, {field: getattr(made, field) for field in Entry.__slots__})
     return made
 
 

@@ -22,6 +22,7 @@ from orchestrator.ledger.plans import (
 )
 from orchestrator.ledger.rows import Acceptance, ContributionRow, PlanKind, PlanRow
 from orchestrator.ledger.runs import find
+from orchestrator.ledger.statement import Statement
 from protos.contribution import Header
 from protos.digest import digest
 from protos.errors import NotFound
@@ -29,9 +30,11 @@ from protos.faults import reach
 
 CONTRIBUTIONS, PLANS, ROUNDS = tables.contributions, tables.plans, tables.rounds
 
-_FIND = sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == sa.bindparam("the_digest"))
-_INSERT = sa.insert(CONTRIBUTIONS)
-_COUNTED = (
+_FIND = Statement(
+    sa.select(CONTRIBUTIONS).where(CONTRIBUTIONS.c.digest == sa.bindparam("the_digest"))
+)
+_INSERT = Statement(sa.insert(CONTRIBUTIONS))
+_COUNTED = Statement(
     sa.select(CONTRIBUTIONS)
     .join(PLANS, PLANS.c.contribution == CONTRIBUTIONS.c.digest)
     .where(*(PLANS.c[name] == sa.bindparam(f"the_{name}") for name in ("run", "round", "attempt")))
@@ -47,12 +50,21 @@ _NEWEST_ROUND = (
     .where(ROUNDS.c.round < sa.bindparam("the_round"))
     .scalar_subquery()
 )
-_NEWEST_SET = (
+_NEWEST_SET = Statement(
     sa.select(PLANS.c.site, PLANS.c.contribution, ROUNDS.c.closed_set)
     .join(ROUNDS, _OF_ONE_ATTEMPT)
     .where(PLANS.c.kind == "train", PLANS.c.contribution.is_not(None))
     .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == _NEWEST_ROUND)
     .where(ROUNDS.c.state == "committed")
+)
+_OF_ROUND = (CONTRIBUTIONS.c.run == sa.bindparam("the_run")) & (
+    CONTRIBUTIONS.c.round == sa.bindparam("the_round")
+)
+_ONLY_THERE = Statement(
+    sa.select(CONTRIBUTIONS.c.index)
+    .where(CONTRIBUTIONS.c.index.in_(sa.select(CONTRIBUTIONS.c.index).where(_OF_ROUND)))
+    .group_by(CONTRIBUTIONS.c.index)
+    .having(sa.func.sum(sa.case((_OF_ROUND, 0), else_=1)) == 0)
 )
 
 
@@ -119,24 +131,16 @@ class Contributions(Plans):
         """The contributions that count for an attempt, by site; carried ones included."""
         key = {"the_run": run, "the_round": round, "the_attempt": attempt}
         with self._reading() as db:
-            rows = [ContributionRow(*row) for row in db.execute(_COUNTED, key)]
+            rows = [ContributionRow(*row) for row in _COUNTED.all(db, key)]
         return sorted(
             (row for row in rows if kind in (None, row.kind)), key=lambda row: (row.kind, row.site)
         )
 
     def only_of_round(self, run: str, round: int) -> list[str]:
         """Artefacts of the contributions to a round, whatever came of them, that no other round has."""
-        c = CONTRIBUTIONS.c
-        here = sa.select(c.index).where((c.run == run) & (c.round == round))
-        elsewhere = sa.case(((c.run == run) & (c.round == round), 0), else_=1)
-        query = (
-            sa.select(c.index)
-            .where(c.index.in_(here))
-            .group_by(c.index)
-            .having(sa.func.sum(elsewhere) == 0)
-        )
+        key = {"the_run": run, "the_round": round}
         with self._reading() as db:
-            return [row[0] for row in db.execute(query)]
+            return [row.index for row in _ONLY_THERE.all(db, key)]
 
     def contribution(self, name: str) -> ContributionRow:
         """One contribution, counted or late.
@@ -159,7 +163,7 @@ class Contributions(Plans):
         """`last_counted` of many sites at once: in a long run one look at its newest round."""
         key = {"the_run": run, "the_round": LAST if before is None else before}
         with self._reading() as db:
-            rows = db.execute(_NEWEST_SET, key).all()
+            rows = _NEWEST_SET.all(db, key)
         inside = set(json.loads(rows[0].closed_set)) if rows else set()
         found = {row.site: row.contribution for row in rows if row.contribution in inside}
         return {s: found.get(s) or self.last_counted(run, s, before) for s in sites}
@@ -188,7 +192,7 @@ class Contributions(Plans):
 
 
 def _find(db: sa.Connection, digest: str) -> ContributionRow | None:
-    row = db.execute(_FIND, {"the_digest": digest}).first()
+    row = _FIND.first(db, {"the_digest": digest})
     return None if row is None else ContributionRow(*row)
 
 
@@ -299,7 +303,7 @@ def _insert(db: sa.Connection, plan: PlanRow, row: ContributionRow, verdict: str
     values["verdict"] = verdict
     if verdict == "late":
         values["header"] = values["signature"] = b""
-    db.execute(_INSERT, values)
+    _INSERT.change(db, values)
 
 
 def _newest(db: sa.Connection, run: str, site: str, before: int | None) -> str:

@@ -212,7 +212,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     def _begun(connection: sa.Connection) -> None:
         # A writer takes the lock at once: to upgrade a read lock later fails without waiting.
         reading = connection.get_execution_options().get("reading", False)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        connection.connection.driver_connection.execute("BEGIN" if reading else "BEGIN IMMEDIATE")  # type: ignore[union-attr]
 
     return engine
 

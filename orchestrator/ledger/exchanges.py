@@ -16,19 +16,20 @@ from orchestrator.ledger.plans import (
     put_plan,
 )
 from orchestrator.ledger.rows import PlanKind, PlanRow
+from orchestrator.ledger.statement import Statement
 from protos.errors import Conflict, InvalidInput
 from protos.faults import reach
 
 EXCHANGES, ROUNDS = tables.exchanges, tables.rounds
 
-_INSERT = sa.insert(EXCHANGES)
+_INSERT = Statement(sa.insert(EXCHANGES))
 _OF_ATTEMPT = sa.update(EXCHANGES).where(
     *(EXCHANGES.c[name] == sa.bindparam(f"the_{name}") for name in ("run", "round", "attempt"))
 )
 _OF_KIND = EXCHANGES.c.kind == sa.bindparam("the_kind")
-_REOPEN = _OF_ATTEMPT.where(_OF_KIND).values(closed=None)
-_END_ALL = _OF_ATTEMPT.where(EXCHANGES.c.closed.is_(None)).values(closed=sa.bindparam("now"))
-_END = _END_ALL.where(_OF_KIND)
+_REOPEN = Statement(_OF_ATTEMPT.where(_OF_KIND).values(closed=None))
+_CLOSE = _OF_ATTEMPT.where(EXCHANGES.c.closed.is_(None)).values(closed=sa.bindparam("now"))
+_END_ALL, _END = Statement(_CLOSE), Statement(_CLOSE.where(_OF_KIND))
 
 
 class Exchanges(Database):
@@ -97,10 +98,9 @@ def begin(
     """Open an exchange, again if need be, and write its plans."""
     if not lock_exchange(db, run, round, attempt, kind):
         known = {"the_run": run, "the_round": round, "the_attempt": attempt, "the_kind": kind}
-        done = db.execute(_REOPEN, known)
-        if not done.rowcount:
+        if not _REOPEN.change(db, known):
             key = {"run": run, "round": round, "attempt": attempt, "kind": kind}
-            db.execute(_INSERT, {**key, "opened": now})
+            _INSERT.change(db, {**key, "opened": now, "closed": None})
             put_new_plans(db, plans)
             reach("exchange.begun")
             return
@@ -120,9 +120,9 @@ def end(
     """Close one exchange of an attempt, or all that are open."""
     key = {"the_run": run, "the_round": round, "the_attempt": attempt, "now": now}
     if kind is None:
-        db.execute(_END_ALL, key)
+        _END_ALL.change(db, key)
     else:
-        db.execute(_END, {**key, "the_kind": kind})
+        _END.change(db, {**key, "the_kind": kind})
     reach("exchange.ended")
 
 

@@ -10,13 +10,13 @@ import sqlalchemy as sa
 from orchestrator.ledger import tables
 from orchestrator.ledger.database import Database, plain
 from orchestrator.ledger.rows import Answer, PlanKind, PlanRow
+from orchestrator.ledger.statement import Statement
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
 from protos.faults import reach
 
 PLANS, EXCHANGES, ROUNDS = tables.plans, tables.exchanges, tables.rounds
 
-# Statements that run for every contribution are built once: to build one costs more than to run it.
 PARTS = ("run", "round", "attempt", "kind")
 
 
@@ -24,19 +24,19 @@ def _same(table: sa.Table, *names: str) -> sa.ColumnElement[bool]:
     return sa.and_(*(table.c[name] == sa.bindparam(f"the_{name}") for name in names))
 
 
-_FIND = sa.select(PLANS).where(_same(PLANS, *PARTS, "site"))
-_LOCK = _FIND.with_for_update()
-_ANSWER = (
+_ONE = sa.select(PLANS).where(_same(PLANS, *PARTS, "site"))
+_FIND, _LOCK = Statement(_ONE), Statement(_ONE.with_for_update())
+_ANSWER = Statement(
     sa.update(PLANS)
     .where(_same(PLANS, *PARTS, "site"))
     .values(
         {n: sa.bindparam(n) for n in ("answer", "error", "message", "answered", "contribution")}
     )
 )
-_OPEN_EXCHANGE = sa.select(EXCHANGES.c.opened).where(
+_OPENED = sa.select(EXCHANGES.c.opened).where(
     _same(EXCHANGES, *PARTS), EXCHANGES.c.closed.is_(None)
 )
-_LOCK_EXCHANGE = _OPEN_EXCHANGE.with_for_update()
+_OPEN_EXCHANGE, _LOCK_EXCHANGE = Statement(_OPENED), Statement(_OPENED.with_for_update())
 
 
 class Plans(Database):
@@ -55,7 +55,7 @@ class Plans(Database):
     def open_plans(self, site: str) -> list[PlanRow]:
         """What a site still has to do: plans of open exchanges without an answer, oldest first."""
         with self._reading() as db:
-            return [_plan(row) for row in db.execute(_OPEN, {"the_site": site})]
+            return [_plan(row) for row in _OPEN.all(db, {"the_site": site})]
 
     def add_plans(self, plans: Sequence[PlanRow]) -> None:
         """Add plans to an exchange that is open (a site that joins late).
@@ -119,8 +119,8 @@ def _in_order(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return sa.select(PLANS).where(*where).order_by(*order)
 
 
-_OF_ATTEMPT = sa.select(PLANS).where(_same(PLANS, "run", "round", "attempt"))
-_OPEN = _in_order(is_open(), _same(PLANS, "site"), PLANS.c.answer == "")
+_OF_ATTEMPT = Statement(sa.select(PLANS).where(_same(PLANS, "run", "round", "attempt")))
+_OPEN = Statement(_in_order(is_open(), _same(PLANS, "site"), PLANS.c.answer == ""))
 
 
 def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[PlanRow]:
@@ -131,7 +131,7 @@ def select_plans(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Plan
 def plans_of(db: sa.Connection, run: str, round: int, attempt: int) -> list[PlanRow]:
     """All plans of an attempt, by kind and site."""
     key = {"the_run": run, "the_round": round, "the_attempt": attempt}
-    found = [_plan(row) for row in db.execute(_OF_ATTEMPT, key)]
+    found = [_plan(row) for row in _OF_ATTEMPT.all(db, key)]
     return sorted(found, key=lambda plan: (plan.kind, plan.site))
 
 
@@ -149,7 +149,7 @@ def find_plan(db: sa.Connection, plan_id: str, site: str, lock: bool = False) ->
         "the_kind": parts[3],
         "the_site": site,
     }
-    row = db.execute(_LOCK if lock else _FIND, key).first()
+    row = (_LOCK if lock else _FIND).first(db, key)
     return None if row is None else _plan(row)
 
 
@@ -207,8 +207,8 @@ def set_answer(
     contribution: str | None = None,
 ) -> None:
     """Write how a plan ended."""
-    db.execute(
-        _ANSWER,
+    _ANSWER.change(
+        db,
         {
             **{f"the_{name}": getattr(plan, name) for name in (*PARTS, "site")},
             "answer": answer,
@@ -223,13 +223,13 @@ def set_answer(
 def in_open_exchange(db: sa.Connection, plan: PlanRow) -> bool:
     """Whether a plan's exchange is open just now."""
     key = {f"the_{name}": getattr(plan, name) for name in PARTS}
-    return db.execute(_OPEN_EXCHANGE, key).first() is not None
+    return _OPEN_EXCHANGE.first(db, key) is not None
 
 
 def lock_exchange(db: sa.Connection, run: str, round: int, attempt: int, kind: PlanKind) -> bool:
     """Whether an exchange is open; if so nobody closes it before this transaction ends."""
     key = {"the_run": run, "the_round": round, "the_attempt": attempt, "the_kind": kind}
-    return db.execute(_LOCK_EXCHANGE, key).first() is not None
+    return _LOCK_EXCHANGE.first(db, key) is not None
 
 
 def plan_digests(plans: Sequence[PlanRow]) -> list[str]:
@@ -237,6 +237,6 @@ def plan_digests(plans: Sequence[PlanRow]) -> list[str]:
     return [digest(plan.plan) for plan in sorted(plans, key=lambda plan: plan.site)]
 
 
-def _plan(row: sa.Row[Any]) -> PlanRow:
-    values = dict(row._mapping)
+def _plan(row: Any) -> PlanRow:
+    values = row._asdict()
     return PlanRow(**{**values, "contribution": values["contribution"] or ""})

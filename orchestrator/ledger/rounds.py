@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from orchestrator.ledger.plans import of_attempt, plan_digests, plans_of
 from orchestrator.ledger.rows import Entry, PlanRow, RoundRow
 from orchestrator.ledger.runs import Runs, find
 from orchestrator.ledger.signatures import Signatures
+from orchestrator.ledger.statement import Statement
 from orchestrator.views import RoundState
 from protos.digest import digest
 from protos.errors import Conflict, InvalidInput, NotFound
@@ -30,32 +32,44 @@ UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
 
 _AS_JSON = ("draft", "closed_set", "memos", "summary")
 
+
+def _in_state(states: Sequence[RoundState]) -> sa.ColumnElement[bool]:
+    return sa.or_(*(ROUNDS.c.state == state for state in states))
+
+
 _IN_ORDER = sa.select(ROUNDS).order_by(ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
-_NUMBERED = _IN_ORDER.where(
-    ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == sa.bindparam("the_round")
+_NUMBERED = Statement(
+    _IN_ORDER.where(
+        ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.round == sa.bindparam("the_round")
+    )
 )
-_COMMITTED = _IN_ORDER.where(
-    ROUNDS.c.run == sa.bindparam("the_run"),
-    ROUNDS.c.state == "committed",
-    ROUNDS.c.round > sa.bindparam("the_round"),
+_COMMITTED = Statement(
+    _IN_ORDER.where(
+        ROUNDS.c.run == sa.bindparam("the_run"),
+        ROUNDS.c.state == "committed",
+        ROUNDS.c.round > sa.bindparam("the_round"),
+    )
 )
-_NEWEST = (
+_NEWEST = Statement(
     sa.select(ROUNDS)
     .where(ROUNDS.c.run == sa.bindparam("the_run"), ROUNDS.c.state == "committed")
     .order_by(ROUNDS.c.round.desc())
     .limit(sa.bindparam("the_count"))
 )
-_IN_THE_WAY = _IN_ORDER.where(
-    ROUNDS.c.run == sa.bindparam("the_run"),
-    ROUNDS.c.state.in_(UNDER_WAY)
-    | ((ROUNDS.c.state == "committed") & (ROUNDS.c.round >= sa.bindparam("the_round")))
-    | (
-        (ROUNDS.c.round == sa.bindparam("the_round"))
-        & (ROUNDS.c.attempt >= sa.bindparam("the_attempt"))
-    ),
+_IN_THE_WAY = Statement(
+    _IN_ORDER.where(
+        ROUNDS.c.run == sa.bindparam("the_run"),
+        _in_state(UNDER_WAY)
+        | ((ROUNDS.c.state == "committed") & (ROUNDS.c.round >= sa.bindparam("the_round")))
+        | (
+            (ROUNDS.c.round == sa.bindparam("the_round"))
+            & (ROUNDS.c.attempt >= sa.bindparam("the_attempt"))
+        ),
+    )
 )
-_INSERT = sa.insert(ROUNDS)
-_NOW_AT = (
+_INSERT = Statement(sa.insert(ROUNDS))
+_CONFIG = Statement(sa.select(RUNS.c.config_digest).where(RUNS.c.id == sa.bindparam("the_run")))
+_NOW_AT = Statement(
     sa.update(RUNS)
     .where(RUNS.c.id == sa.bindparam("the_run"))
     .values(model=sa.bindparam("model"), outer_state=sa.bindparam("outer_state"))
@@ -99,7 +113,7 @@ class Rounds(Runs, Exchanges, Signatures):
             values = {name: getattr(row, name) for name in RoundRow.__slots__}
             for name in _AS_JSON:
                 values[name] = to_json(values[name])
-            db.execute(_INSERT, {**values, "reason": plain(row.reason)})
+            _INSERT.change(db, {**values, "reason": plain(row.reason)})
             reach("round.inserted")
             for kind in sorted({plan.kind for plan in plans}):
                 mine = [plan for plan in plans if plan.kind == kind]
@@ -158,7 +172,7 @@ class Rounds(Runs, Exchanges, Signatures):
             if closed_set is not None and set(chosen) != set(closed_set):
                 other = min(set(closed_set) - set(chosen))
                 raise Conflict(f"{_where(row)}: contribution {other[:12]} does not count for it")
-            return step(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
+            return _move(db, row, ("planned",), "closed", now, reason=reason, closed_set=chosen)
 
     def hold_round(
         self,
@@ -227,7 +241,7 @@ class Rounds(Runs, Exchanges, Signatures):
             }
             now = self._clock()
             done = step(db, row, ("closed", "held"), "committed", now, self._sign, **result)
-            db.execute(_NOW_AT, {"the_run": run, "model": model, "outer_state": outer})
+            _NOW_AT.change(db, {"the_run": run, "model": model, "outer_state": outer})
             return done
 
     def rounds(self, run: str, all_attempts: bool = False) -> list[RoundRow]:
@@ -249,7 +263,7 @@ class Rounds(Runs, Exchanges, Signatures):
         """The committed rounds of a run in order, those after a number."""
         with self._reading() as db:
             key = {"the_run": self._id(db, run), "the_round": after}
-            return [_round(row) for row in db.execute(_COMMITTED, key)]
+            return [_round(row) for row in _COMMITTED.all(db, key)]
 
     def last_committed(self, run: str) -> RoundRow | None:
         """The newest committed round."""
@@ -260,7 +274,7 @@ class Rounds(Runs, Exchanges, Signatures):
         """The newest committed rounds, at most so many, newest first."""
         with self._reading() as db:
             key = {"the_run": self._id(db, run), "the_count": count}
-            return [_round(row) for row in db.execute(_NEWEST, key)]
+            return [_round(row) for row in _NEWEST.all(db, key)]
 
     def attempts(self, run: str, number: int) -> list[RoundRow]:
         """The attempts of one round in order; none if it was not planned yet."""
@@ -280,8 +294,7 @@ def select_rounds(db: sa.Connection, *where: sa.ColumnElement[bool]) -> list[Rou
 
 def _numbered(db: sa.Connection, run: str, number: int) -> list[RoundRow]:
     """The attempts of one round."""
-    found = db.execute(_NUMBERED, {"the_run": run, "the_round": number})
-    return [_round(row) for row in found]
+    return [_round(row) for row in _NUMBERED.all(db, {"the_run": run, "the_round": number})]
 
 
 def _row(db: sa.Connection, run: str, number: int, attempt: int | None) -> RoundRow:
@@ -292,7 +305,7 @@ def _row(db: sa.Connection, run: str, number: int, attempt: int | None) -> Round
     return found[-1]
 
 
-def _round(row: sa.Row[Any]) -> RoundRow:
+def _round(row: Any) -> RoundRow:
     return RoundRow(**_decoded(row._asdict()))
 
 
@@ -307,7 +320,7 @@ def _decoded(values: dict[str, Any]) -> dict[str, Any]:
 def _check_free(db: sa.Connection, row: RoundRow) -> None:
     """Whether an attempt may begin, with what there is of its run."""
     key = {"the_run": row.run, "the_round": row.round, "the_attempt": row.attempt}
-    for other in map(_round, db.execute(_IN_THE_WAY, key)):
+    for other in map(_round, _IN_THE_WAY.all(db, key)):
         if other.state in UNDER_WAY:
             raise Conflict(f"{_where(other)}: it is {other.state}; end it before planning another")
         if other.state == "committed" and other.round >= row.round:
@@ -327,6 +340,18 @@ def step(
 ) -> RoundRow:
     """Move an attempt on, if it is where it should be; whatever is open closes. Gives the new row."""
     end(db, row.run, row.round, row.attempt, now)
+    return _move(db, row, before, after, now, sign, **values)
+
+
+def _move(
+    db: sa.Connection,
+    row: RoundRow,
+    before: Sequence[RoundState],
+    after: Literal["closed", "held", "committed", "abandoned"],
+    now: float,
+    sign: Callable[[sa.Connection, Entry], None] | None = None,
+    **values: Any,
+) -> RoundRow:
     document: dict[str, Any] = {"round": row.round, "attempt": row.attempt}
     values["state"] = after
     for name, value in list(values.items()):
@@ -339,19 +364,30 @@ def step(
         elif name != "state":
             document[name] = value
     if after == "committed":
-        config = sa.select(RUNS.c.config_digest).where(RUNS.c.id == row.run)
         document |= {"closed_set": list(row.closed_set), "base": row.base}
-        document["config"] = db.scalar(config)
+        document["config"] = _CONFIG.first(db, {"the_run": row.run}).config_digest
     if after != "held":
         values["closed" if after == "closed" else "ended"] = now
-    which = of_attempt(ROUNDS, row.run, row.round, row.attempt) & ROUNDS.c.state.in_(before)
-    if not db.execute(sa.update(ROUNDS).where(which).values(values)).rowcount:
+    key = {"the_run": row.run, "the_round": row.round, "the_attempt": row.attempt}
+    if not _stepping(tuple(before), tuple(sorted(values))).change(db, {**key, **values}):
         raise _wrong_state(row, before, after)
     entry = chain.append(db, row.run, after, now, document)
     if sign is not None:
         sign(db, entry)
     reach("round.stepped")
     return replace(row, **_decoded(values))
+
+
+@cache
+def _stepping(before: tuple[RoundState, ...], names: tuple[str, ...]) -> Statement:
+    """Gives these columns of an attempt new values if it is in one of these states."""
+    key = ("run", "round", "attempt")
+    which = sa.and_(*(ROUNDS.c[name] == sa.bindparam(f"the_{name}") for name in key))
+    return Statement(
+        sa.update(ROUNDS)
+        .where(which, _in_state(before))
+        .values({name: sa.bindparam(name) for name in names})
+    )
 
 
 def _wrong_state(row: RoundRow, before: Sequence[RoundState], after: str) -> Conflict:

@@ -12,17 +12,18 @@ from orchestrator.ledger import chain, tables
 from orchestrator.ledger.database import Database, plain, to_json
 from orchestrator.ledger.near import not_found
 from orchestrator.ledger.rows import Entry, RunRow
+from orchestrator.ledger.statement import Statement
 from orchestrator.views import RunState
 from protos.errors import Conflict
 
 RUNS, ROUNDS = tables.runs, tables.rounds
 
-_FIND = sa.select(RUNS).where(
+_ONE = sa.select(RUNS).where(
     sa.or_(RUNS.c.id == sa.bindparam("the_run"), RUNS.c.name == sa.bindparam("the_run"))
 )
-_LOCK = _FIND.with_for_update()
+_FIND, _LOCK = Statement(_ONE), Statement(_ONE.with_for_update())
 _IN_ORDER = sa.select(RUNS).order_by(RUNS.c.created, RUNS.c.id)
-_FIRST = _IN_ORDER.where(RUNS.c.state == sa.bindparam("the_state")).limit(1)
+_FIRST = Statement(_IN_ORDER.where(RUNS.c.state == sa.bindparam("the_state")).limit(1))
 
 
 class Runs(Database):
@@ -197,7 +198,7 @@ class Runs(Database):
 
     def _first(self, state: RunState) -> RunRow | None:
         with self._reading() as db:
-            row = db.execute(_FIRST, {"the_state": state}).first()
+            row = _FIRST.first(db, {"the_state": state})
             return None if row is None else _run(row)
 
 
@@ -207,14 +208,14 @@ def find(db: sa.Connection, name_or_id: str, lock: bool = False) -> RunRow:
     Raises:
         NotFound: There is no such run.
     """
-    row = db.execute(_LOCK if lock else _FIND, {"the_run": name_or_id}).first()
+    row = (_LOCK if lock else _FIND).first(db, {"the_run": name_or_id})
     if row is None:
         raise not_found("run", name_or_id, list(db.scalars(sa.select(RUNS.c.name))))
     return _run(row)
 
 
-def _run(row: sa.Row[Any]) -> RunRow:
-    values = dict(row._mapping)
+def _run(row: Any) -> RunRow:
+    values = row._asdict()
     run, number = values.pop("parent_run"), values.pop("parent_round")
     values["config"] = json.loads(values["config"])
     return RunRow(**values, parent=None if run is None else (run, number))

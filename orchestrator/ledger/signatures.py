@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from orchestrator.ledger import tables
 from orchestrator.ledger.database import Database
 from orchestrator.ledger.rows import Entry, SignatureRow
+from orchestrator.ledger.statement import Statement
 from protos.digest import canonical
 from protos.errors import Conflict
 from protos.identity import (
@@ -35,6 +36,11 @@ ENTRY_DOMAIN = b"farflung.v1 committed\x00"
 SEAL_DOMAIN = b"farflung.v1 ledger export\x00"
 LIFE = timedelta(days=365)
 RENEWED_BEFORE = timedelta(days=30)
+
+_SIGNER = Statement(
+    sa.select(SIGNERS.c.fingerprint).where(SIGNERS.c.fingerprint == sa.bindparam("the_fingerprint"))
+)
+_ADD_SIGNER, _ADD = Statement(sa.insert(SIGNERS)), Statement(sa.insert(SIGNATURES))
 
 
 class Signer:
@@ -124,17 +130,17 @@ class Signatures(Database):
         if self._signer is None:
             return
         made = self._signer.sign(ENTRY_DOMAIN, entry_statement(entry), entry.time)
-        known = sa.select(SIGNERS.c.fingerprint).where(SIGNERS.c.fingerprint == made.fingerprint)
-        if db.scalar(known) is None:
-            db.execute(sa.insert(SIGNERS).values(fingerprint=made.fingerprint, pem=made.pem))
-        db.execute(
-            sa.insert(SIGNATURES).values(
-                run=entry.run,
-                number=entry.number,
-                time=made.time,
-                fingerprint=made.fingerprint,
-                value=made.value,
-            )
+        if _SIGNER.first(db, {"the_fingerprint": made.fingerprint}) is None:
+            _ADD_SIGNER.change(db, {"fingerprint": made.fingerprint, "pem": made.pem})
+        _ADD.change(
+            db,
+            {
+                "run": entry.run,
+                "number": entry.number,
+                "time": made.time,
+                "fingerprint": made.fingerprint,
+                "value": made.value,
+            },
         )
 
 

@@ -8,13 +8,14 @@ from orchestrator.ledger import tables
 from orchestrator.ledger.database import Database
 from orchestrator.ledger.near import not_found
 from orchestrator.ledger.rows import CertificateRow, SiteRow, TokenRow
+from orchestrator.ledger.statement import Statement
 from protos.errors import Conflict, NotEnrolled, TokenUsed
 
 SITES, TOKENS, CERTIFICATES = tables.sites, tables.tokens, tables.certificates
 
-_CERTIFICATE = sa.select(CERTIFICATES).where(
-    CERTIFICATES.c.fingerprint == sa.bindparam("the_fingerprint")
-)
+_ONE = sa.select(CERTIFICATES).where(CERTIFICATES.c.fingerprint == sa.bindparam("the_fingerprint"))
+_CERTIFICATE, _LOCK = Statement(_ONE), Statement(_ONE.with_for_update())
+_BY_NAME = Statement(sa.select(SITES).order_by(SITES.c.name))
 
 
 class Sites(Database):
@@ -146,7 +147,7 @@ class Sites(Database):
     def sites(self) -> list[SiteRow]:
         """All sites by name."""
         with self._reading() as db:
-            return [SiteRow(*row) for row in db.execute(sa.select(SITES).order_by(SITES.c.name))]
+            return [SiteRow(*row) for row in _BY_NAME.all(db, {})]
 
     def site(self, name: str) -> SiteRow:
         """One site.
@@ -191,8 +192,7 @@ def _token(db: sa.Connection, token_id: str, lock: bool = False) -> TokenRow | N
 
 
 def _certificate(db: sa.Connection, fingerprint: str, lock: bool = False) -> CertificateRow | None:
-    query = _CERTIFICATE.with_for_update() if lock else _CERTIFICATE
-    row = db.execute(query, {"the_fingerprint": fingerprint}).first()
+    row = (_LOCK if lock else _CERTIFICATE).first(db, {"the_fingerprint": fingerprint})
     return None if row is None else CertificateRow(*row)
 
 

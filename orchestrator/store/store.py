@@ -24,6 +24,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 
 from orchestrator.store.blobs import Blobs
@@ -45,6 +46,9 @@ SPARES = 256
 
 VERIFY_CHUNKS = 16
 """Chunks that `Store.verify` reads at once."""
+
+_decoded = lru_cache(maxsize=2)(Manifest.decode)
+"""The newest: every step of a round asks for the same."""
 
 
 class Store:
@@ -81,7 +85,7 @@ class Store:
 
     def manifest(self, digest: str) -> Manifest:
         """A manifest."""
-        return Manifest.decode(self._get(_manifest_key(digest), digest, "manifest"))
+        return _decoded(self._get(_manifest_key(digest), digest, "manifest"))
 
     # --------------------------------------------------------------------------- artefacts
 

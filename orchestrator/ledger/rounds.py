@@ -32,11 +32,6 @@ UNDER_WAY: tuple[RoundState, ...] = ("planned", "closed", "held")
 
 _AS_JSON = ("draft", "closed_set", "memos", "summary")
 
-
-def _in_state(states: Sequence[RoundState]) -> sa.ColumnElement[bool]:
-    return sa.or_(*(ROUNDS.c.state == state for state in states))
-
-
 _IN_ORDER = sa.select(ROUNDS).order_by(ROUNDS.c.run, ROUNDS.c.round, ROUNDS.c.attempt)
 _NUMBERED = Statement(
     _IN_ORDER.where(
@@ -59,7 +54,7 @@ _NEWEST = Statement(
 _IN_THE_WAY = Statement(
     _IN_ORDER.where(
         ROUNDS.c.run == sa.bindparam("the_run"),
-        _in_state(UNDER_WAY)
+        sa.or_(*(ROUNDS.c.state == state for state in UNDER_WAY))
         | ((ROUNDS.c.state == "committed") & (ROUNDS.c.round >= sa.bindparam("the_round")))
         | (
             (ROUNDS.c.round == sa.bindparam("the_round"))
@@ -385,7 +380,7 @@ def _stepping(before: tuple[RoundState, ...], names: tuple[str, ...]) -> Stateme
     which = sa.and_(*(ROUNDS.c[name] == sa.bindparam(f"the_{name}") for name in key))
     return Statement(
         sa.update(ROUNDS)
-        .where(which, _in_state(before))
+        .where(which, sa.or_(*(ROUNDS.c.state == state for state in before)))
         .values({name: sa.bindparam(name) for name in names})
     )
 

@@ -245,7 +245,7 @@ site_agent/trainer/payload.py
     payload.folder.made payload.written payload.state.written
 site_agent/trainer/server.py
     prepare.heard prepare.task.loaded prepare.loaded prepare.told perform.heard perform.done
-    perform.told finish.heard
+    perform.told finish.heard cancel.heard
 """
 
 

@@ -147,6 +147,7 @@ class Server:
                 order = read_order(line)
                 if isinstance(order, CancelJob):
                     self._cancelled.setdefault(order.job, threading.Event()).set()
+                    reach("cancel.heard")
                 elif isinstance(order, FinishJob):
                     self._finishing.setdefault(order.job, threading.Event()).set()
                     reach("finish.heard")

@@ -400,6 +400,7 @@ SCENES: dict[str, dict[tuple[str, str], Play]] = {
         ("daemon", "spool.swept"): _left_in_the_spool,
         ("daemon", "gather.cancelled"): _stopped,
         ("link", "plan.cancelled"): _stopped,
+        ("trainer", "cancel.heard"): _stopped,
         ("daemon", "accept.late"): _late,
         **{("link", f"join.{at}"): _joins for at in ("begun", "key.kept", "stored", "done")},
         **{("link", f"keys.{at}"): _joins for at in ("written", "replaced")},

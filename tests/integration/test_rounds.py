@@ -383,8 +383,8 @@ def test_a_run_that_is_stopped_frees_its_sites_at_once(field: Field, away: bool)
     federation.await_that(lambda: federation.state(run)[0] == "stopped", "stopped", 60)
     federation.resume("south")
     assert field.steps("south") == 1
-    heard = ("link", "plan.cancelled")
-    federation.await_that(lambda: heard in federation.trace("south"), "its plan cancelled", 60)
+    heard = ("trainer", "cancel.heard")
+    federation.await_that(lambda: heard in federation.trace("south"), "its work cancelled", 60)
     gate.unlink()
     finished(field, federation.launch(field.config(f"after-{away}", rounds=1)))
     assert field.steps("south") == 1 + 2 * 120 // 20

@@ -18,7 +18,7 @@ from orchestrator.rounds.first import first
 from orchestrator.rounds.page import Outcome, run_round
 from orchestrator.run_config import RunConfig
 from orchestrator.views import RunState
-from protos.errors import FarflungError, Unavailable, reference_id
+from protos.errors import Conflict, FarflungError, Unavailable, reference_id
 from protos.faults import reach
 
 log = logging.getLogger(__name__)
@@ -147,9 +147,13 @@ class Runner:
     def _run(self, row: RunRow) -> None:
         ledger = self._engine.ledger
         if row.state != "running":
-            row = ledger.set_run(
-                row.id, state="running", reason="", started=row.started or time.time()
-            )
+            began = row.started or time.time()
+            try:
+                row = ledger.set_run(
+                    row.id, state="running", reason="", started=began, expect={"queued"}
+                )
+            except Conflict:
+                return None  # its operator stopped it just now
             self._changed(row.id, False)
         elif (left := held_round(ledger, row.id)) is not None and not self._settled(row, left):
             return None  # the daemon before this one ended between the two

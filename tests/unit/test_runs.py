@@ -167,6 +167,25 @@ def test_a_run_that_waits_can_be_stopped(bench: Bench, monkeypatch: pytest.Monke
     bench.until("r", "stopped")
 
 
+def test_a_run_that_is_stopped_as_it_begins_stays_stopped(bench: Bench) -> None:
+    ledger = bench.bench.ledger
+    real = ledger.next_queued
+
+    def look() -> RunRow | None:
+        found = real()
+        if found is not None and found.id == "stopped":
+            bench.runner.stop(found.id, now=True)
+        return found
+
+    ledger.next_queued = look  # type: ignore[method-assign]
+    for name in ("stopped", "after"):
+        bench.bench.run(name, rounds=1)
+    bench.runner.start()
+    bench.until("after", "finished")
+    assert ledger.run("stopped").state == "stopped"
+    assert {run for run, *_ in bench.asked} == {"after"}
+
+
 def test_the_run_that_was_under_way_goes_first(bench: Bench) -> None:
     bench.bench.run("a", rounds=1)
     bench.bench.run("b", rounds=1)

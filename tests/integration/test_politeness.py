@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -148,6 +149,7 @@ def closed() -> str:
 
 def a_round_under_caps(site: Site, up: float, down: float, model_bytes: float) -> float:
     """One plan, whole; when it began."""
+    os.sync()  # or who writes waits for the disk to take in what other tests have written
     site.network(up, down)
     site.in_force("caps or windows are others now", up_mbit_per_s=up, down_mbit_per_s=down)
     plan = site.plan(model_bytes)
@@ -160,10 +162,10 @@ def a_round_under_caps(site: Site, up: float, down: float, model_bytes: float) -
 
 
 def test_caps_hold_in_both_directions(site: Site) -> None:
-    began = a_round_under_caps(site, 12, 16, 6e6)
+    began = a_round_under_caps(site, 12, 16, 10e6)
     assert share(site.proxy.down, began, 16) == pytest.approx(1, abs=0.05)
     assert share(site.proxy.up, began, 12) == pytest.approx(1, abs=0.05)
-    assert site.orchestrator.fetches == site.orchestrator.uploads == [list(range(6))]
+    assert site.orchestrator.fetches == site.orchestrator.uploads == [list(range(10))]
     site.network()
 
 

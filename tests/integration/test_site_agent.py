@@ -370,18 +370,24 @@ def test_work_that_counts_for_a_later_round_is_finished_and_that_rounds_not_begu
         orchestrator.offer(second)
         return first, second
 
-    def begun(plan: Plan) -> bool:
+    def begun(plan: Plan) -> int:
         events = site.agent.events()
-        return any(e["event"] == "plan begins" and e.get("plan") == plan.id for e in events)
+        return sum(e["event"] == "plan begins" and e.get("plan") == plan.id for e in events)
 
     first, second = at_work(takes=True)
     orchestrator.answers[first.id] = (common_pb2.Answer.COUNTED, second.id)
     assert orchestrator.contribution(first)[0].steps == 8
     assert site.is_training(second), "it is told of as what is asked now"
+    both = [first.id, second.id]
+    orchestrator.until(lambda: any(e.get("plans") == both for e in site.agent.events()), "answered")
     third = second.model_copy(update={"round": 3, "accepts": (second.base, second.base)})
     orchestrator.offer(third)
     assert orchestrator.contribution(third)[0].plan_id == third.id
-    assert not begun(second)
+    orchestrator.offer(first)  # it was on its way when the answer for a later round came
+    after = site.plan()
+    orchestrator.offer(after)
+    orchestrator.contribution(after)
+    assert (begun(first), begun(second)) == (1, 0)
 
     first, second = at_work(takes=True)
     orchestrator.answers[first.id] = (common_pb2.Answer.LATE, first.id)

@@ -46,7 +46,7 @@ from protos.plan import Plan, Schedule, TaskChoice, Work, round_of
 from protos.v1 import common_pb2, site_pb2
 from site_agent.home import Home
 from site_agent.link.outbox import Entry, Outbox
-from site_agent.link.plans import OpenPlans
+from site_agent.link.plans import OpenPlans, order_of
 from site_agent.link.sender import VERDICTS
 from tests.support.authority import Authority
 from tests.support.contributor import Contributor
@@ -125,13 +125,16 @@ class Site:
         """An answer came, perhaps not for the first time; as `Sender` takes it."""
         verdict = VERDICTS.get(answer.verdict)
         if verdict is not None and answer.contribution:
-            before = self.answers.setdefault(answer.contribution, verdict)
-            assert before == verdict, "an answer is final"
+            first = self.answers.setdefault(answer.contribution, verdict)
+            assert first == verdict, "an answer is final"
         entry = self.outbox.find(answer.contribution, answer.plan_id)
         if entry is None or verdict is None:
             return
         self.outbox.answer(entry, verdict)
-        self.plans.close(answer.plan_id)
+        # An answer for one attempt, or round, says that those before it are over.
+        before = [p for p in entry.plans if order_of(p) < order_of(answer.plan_id)]
+        for plan_id in (*before, answer.plan_id):
+            self.plans.close(plan_id)
         if verdict != "counted":
             self.wasted[entry.header.work_digest] += 1
 

@@ -111,8 +111,7 @@ def part(costs: Mapping[str, Cost], short: Sequence[str], rounds: int, examples:
             f"Fashion-MNIST, {examples} pictures to train on and {examples // 6} held out, "
             f"{len(SITES)} sites, MLP with two hidden layers of 128, {EPOCHS} local epochs; medians "
             f"over {rounds - 1} rounds. Added is the time of the assessment against that of the rest of "
-            "the round; sent is what a site sends in a round, its contribution included. Others used the "
-            "machine, too."
+            "the round; sent is what a site sends in a round, its contribution included."
         ),
         "",
         "| arm | seconds a round | added | KiB sent by a site | added |",

@@ -131,7 +131,11 @@ def test_small_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Receiving(RuleBasedStateMachine):
-    """A transfer with every accident that the file may meet; ``safe`` is what was made durable."""
+    """A transfer with every accident that the file may meet.
+
+    ``safe`` is what was made durable, ``written`` what is known to be here, ``held`` what the file holds:
+    of a process that died, more than the next one knows of, until it comes to look there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +145,7 @@ class Receiving(RuleBasedStateMachine):
         self.record = self.root / "payload.have"
         self.written: set[int] = set()
         self.safe: set[int] = set()
+        self.held: set[int] = set()
         self.others = 0
 
     @initialize()
@@ -151,6 +156,7 @@ class Receiving(RuleBasedStateMachine):
     def chunk(self, number: int) -> None:
         self.file.write(number, PIECES[number])
         self.written.add(number)
+        self.held.add(number)
 
     @rule(number=st.integers(0, CHUNKS - 1), at=st.floats(0, 1, exclude_max=True))
     def damaged(self, number: int, at: float) -> None:
@@ -185,19 +191,18 @@ class Receiving(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.file.close()
         self.safe = set(self.written)
-        self.file = ChunkFile(self.path, INDEX)
+        self.revive()
 
     def revive(self) -> None:
         """Open again; what a dead process wrote in ascending order behind its record is found."""
-        before = self.written
         self.file = ChunkFile(self.path, INDEX)
         self.written = {
             i for i in range(CHUNKS) if not any(a <= i < b for a, b in self.file.missing())
         }
-        assert self.safe <= self.written <= before
+        assert self.safe <= self.written <= self.held
         found = set(self.safe)
         for number in range(CHUNKS):
-            if number not in before:
+            if number not in self.held:
                 break
             found.add(number)
         assert found <= self.written
@@ -224,10 +229,10 @@ class Receiving(RuleBasedStateMachine):
         else:
             self.record.write_bytes(record)
         with self.part.open("r+b") as file:
-            for number in self.written - self.safe:
+            for number in self.held - self.safe:
                 file.seek(INDEX.span(number)[0])
                 file.write(bytes(len(PIECES[number])))
-        self.written = set(self.safe)
+        self.written, self.held = set(self.safe), set(self.safe)
         self.file = ChunkFile(self.path, INDEX)
 
     @rule()
@@ -235,7 +240,7 @@ class Receiving(RuleBasedStateMachine):
         """The file is gone, the record is still there (or was restored)."""
         self.file.close()
         self.part.unlink()
-        self.written, self.safe = set(), set()
+        self.written, self.safe, self.held = set(), set(), set()
         self.file = ChunkFile(self.path, INDEX)
 
     @rule()
@@ -248,7 +253,7 @@ class Receiving(RuleBasedStateMachine):
             assert file.missing() == [(0, CHUNKS)]
             for number in range(CHUNKS):
                 file.write(number, theirs[slice(*other.span(number))])
-        self.written, self.safe = set(), set()
+        self.written, self.safe, self.held = set(), set(), set()
         self.file = ChunkFile(self.path, INDEX)
 
     @rule()
@@ -257,7 +262,7 @@ class Receiving(RuleBasedStateMachine):
         spares = Spares(self.root / "spare", 1)
         (self.root / "old").write_bytes(content(INDEX.nbytes + 5, seed=1000))
         spares.give(self.root / "old")
-        self.written, self.safe = set(), set()
+        self.written, self.safe, self.held = set(), set(), set()
         self.file = ChunkFile(self.path, INDEX, spares)
         assert self.part.stat().st_size == INDEX.nbytes
         assert spares.clear() == 0
@@ -275,7 +280,7 @@ class Receiving(RuleBasedStateMachine):
         assert self.path.read_bytes() == DATA
         assert not self.record.exists()
         self.path.unlink()
-        self.written, self.safe = set(), set()
+        self.written, self.safe, self.held = set(), set(), set()
         self.begin()
 
     @invariant()

@@ -321,6 +321,15 @@ def _left_in_the_spool(stage: Stage, case: Case) -> None:
     stage.killed(case)
 
 
+def _left_alone(stage: Stage, case: Case) -> None:
+    """The link dies while its site trains."""
+    stage.last()
+    stage.arm(case)
+    stage.kill_now(SITE, "link")
+    stage.killed(case)
+    stage.release()
+
+
 def _stopped(stage: Stage, case: Case) -> None:
     """The operator stops the run while the site trains."""
     stage.last()
@@ -398,6 +407,7 @@ SCENES: dict[str, dict[tuple[str, str], Play]] = {
         ("daemon", "part.discarded"): _sent_twice,
         ("daemon", "receive.settled"): _sent_twice,
         ("daemon", "spool.swept"): _left_in_the_spool,
+        ("daemon", "session.detached"): _left_alone,
         ("daemon", "gather.cancelled"): _stopped,
         ("link", "plan.cancelled"): _stopped,
         ("trainer", "cancel.heard"): _stopped,

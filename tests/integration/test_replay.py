@@ -193,18 +193,28 @@ def test_what_is_damaged_or_gone_is_named(field: Field) -> None:
 @pytest.mark.timeout(900)
 def test_twenty_rounds_with_stragglers_and_drop_outs(field: Field) -> None:
     federation, client = field.federation, field.federation.client
-    run = federation.launch(field.config("twenty", rounds=1, strategy=STRATEGY))
+    changes: dict[str, Any] = {
+        "cohort": {"quorum": 2, "deadline_s": 8, "partial": True},
+        "local": {"work": {"epochs": 2}, "batch_size": 5, "lr": 0.1},
+    }
+    run = federation.launch(field.config("twenty", rounds=1, strategy=STRATEGY, **changes))
     finished(field, run, 1)
+    slow = {4: "north", 12: "south", 20: "north"}
     for number in range(2, 21):
         gone = SITES[number % 3] if number % 4 == 2 else ""
         if gone:
             federation.kill(gone)
+        if number in slow:
+            (field.switches[slow[number]] / "slow").write_text("0.25")  # 12 s of work
         client.extend(run, number)
         finished(field, run, number)
+        field.clear()
         if gone:
             federation.start_site(gone)
     rounds = federation.rounds(run)
     assert sum(bool(r.missing) for r in rounds) == 5
+    cut_short = {r.round: {s.site for s in r.sites if s.partial} for r in rounds}
+    assert all(site in cut_short[number] for number, site in slow.items())
     for round in rounds:
         done = client.replay(run, round.round)
         assert done.identical, done

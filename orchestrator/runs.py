@@ -269,9 +269,13 @@ class Runner:
         return not why
 
     def _pause(self, row: RunRow, reason: str) -> None:
-        self._engine.ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
+        ledger = self._engine.ledger
+        if ledger.run(row.id).reason in (STOPS_NOW, STOPS_AFTER):
+            self._note("error", row, None, f"run {row.name}: {reason}")
+            return self._stopped(row)
+        ledger.set_run(row.id, state="paused", reason=reason, ended=time.time())
         self._note("error", row, None, f"run {row.name} is paused: {reason}")
-        self._changed(row.id, False)
+        return self._changed(row.id, False)
 
     def _note(self, level: str, row: RunRow, round: int | None, text: str) -> None:
         self._engine.note(level, row.id, round, "", text)

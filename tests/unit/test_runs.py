@@ -186,6 +186,23 @@ def test_a_run_that_is_stopped_as_it_begins_stays_stopped(bench: Bench) -> None:
     assert {run for run, *_ in bench.asked} == {"after"}
 
 
+@pytest.mark.parametrize("now", [True, False])
+def test_a_run_that_is_to_stop_is_not_paused_by_the_round_that_it_waits_for(
+    bench: Bench, now: bool
+) -> None:
+    def does(engine: Engine, run: RunRow, number: int, abandoning: str) -> Outcome:
+        if number == 0:
+            return bench.commit(run, number)
+        bench.runner.stop(run.id, now)
+        raise ComputeFailed("no memory")
+
+    bench.does = does
+    bench.bench.run("r", rounds=2)
+    bench.runner.start()
+    assert bench.until("r", "stopped").reason == "stopped by the operator"
+    assert "run r: no memory" in bench.bench.notes
+
+
 def test_the_run_that_was_under_way_goes_first(bench: Bench) -> None:
     bench.bench.run("a", rounds=1)
     bench.bench.run("b", rounds=1)

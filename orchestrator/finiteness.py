@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -95,33 +96,58 @@ def first_bad(file: FileIO, spans: list[Span]) -> tuple[float, str]:
     """Sum of squares over the spans of a payload that count, and the first tensor that is not finite.
 
     A sum of squares that is finite proves that all are (at a third of a scan's cost); one that is
-    not may have overflowed, so the block is then looked at.
+    not may have overflowed, so the block is then looked at. Neighbours of one kind are read as one.
     """
     total = 0.0
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    for name, dtype, start, stop, counts in spans:
-        file.seek(start)
-        left = stop - start
-        while left > 0:
-            data = buffer[: min(BLOCK_BYTES, left)]
-            if not _fill(file, data):
-                return math.nan, name
-            left -= len(data)
-            if dtype in NARROW:
-                width, mask = NARROW[dtype]
-                if bool((np.frombuffer(data, width) & mask == mask).any()):
-                    return math.nan, name
-                continue
-            values = np.frombuffer(data, dtype=np.dtype(dtype))
-            with np.errstate(over="ignore", invalid="ignore"):
-                square = float(np.dot(values, values))
-            if not math.isfinite(square):
-                if not bool(np.isfinite(values).all()):
-                    return math.nan, name
-                wide = values.astype(np.float64)
-                square = float(np.dot(wide, wide))
-            total += square if counts else 0.0
+    for several in _neighbours(spans):
+        _, dtype, start, _, counts = several[0]
+        square = _squares(file, dtype, start, several[-1][3])
+        if math.isnan(square):
+            bad = (s[0] for s in several if math.isnan(_squares(file, s[1], s[2], s[3])))
+            return math.nan, next(bad)
+        total += square if counts else 0.0
     return total, ""
+
+
+def _neighbours(spans: list[Span]) -> Iterator[list[Span]]:
+    """Spans of one dtype, all of which count or none, that follow each other without a gap."""
+    several: list[Span] = []
+    for span in spans:
+        if several:
+            _, dtype, _, stop, counts = several[-1]
+            if (dtype, stop, counts) != (span[1], span[2], span[4]):
+                yield several
+                several = []
+        several.append(span)
+    if several:
+        yield several
+
+
+def _squares(file: FileIO, dtype: str, start: int, stop: int) -> float:
+    """The sum of squares of some numbers in a file, 0 for narrow dtypes; NaN if not all are finite."""
+    file.seek(start)
+    total, left = 0.0, stop - start
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, left)))
+    while left > 0:
+        data = buffer[: min(BLOCK_BYTES, left)]
+        if not _fill(file, data):
+            return math.nan
+        left -= len(data)
+        if dtype in NARROW:
+            width, mask = NARROW[dtype]
+            if bool((np.frombuffer(data, width) & mask == mask).any()):
+                return math.nan
+            continue
+        values = np.frombuffer(data, dtype=np.dtype(dtype))
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(np.dot(values, values))
+        if not math.isfinite(square):
+            if not bool(np.isfinite(values).all()):
+                return math.nan
+            wide = values.astype(np.float64)
+            square = float(np.dot(wide, wide))
+        total += square
+    return total
 
 
 def _fill(file: FileIO, buffer: memoryview) -> bool:

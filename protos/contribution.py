@@ -12,6 +12,7 @@ in the tensors' own dtypes and with their padding, and the manifest itself among
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -131,7 +132,7 @@ class Header(Frozen):
         """Names of the side payloads, in order."""
         return tuple(p.name for p in self.payloads)
 
-    def block_spans(self, manifest: Manifest) -> list[tuple[int, int]]:
+    def block_spans(self, manifest: Manifest) -> Sequence[tuple[int, int]]:
         """Where the block of each tile of the covered manifest lies in the payload.
 
         Raises:
@@ -146,13 +147,14 @@ class Header(Frozen):
             ]
             sizes = [t.elements * DTYPE_BYTES[t.spec.dtype] for t in manifest.tiles]
             return [(a, a + size) for a, size in zip(starts, sizes, strict=True)]
-        sizes = list(self.blocks) if self.codec else [t.wire_nbytes for t in manifest.tiles]
-        if len(sizes) != len(manifest.tiles):
+        if not self.codec:
+            return manifest.wire_spans
+        if len(self.blocks) != len(manifest.tiles):
             raise ManifestInvalid(
-                f"site {self.site}: {len(sizes)} blocks for {len(manifest.tiles)} tiles"
+                f"site {self.site}: {len(self.blocks)} blocks for {len(manifest.tiles)} tiles"
             )
         spans, at = [], 0
-        for tile, size in zip(manifest.tiles, sizes, strict=True):
+        for tile, size in zip(manifest.tiles, self.blocks, strict=True):
             if not 0 <= size <= 2 * tile.wire_nbytes + MAX_BLOCK_HEAD:
                 raise ManifestInvalid(
                     f"site {self.site}, tensor {tile.spec.name}: a block of {size} bytes for "

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 from protos.digest import canonical, digest, is_digest
@@ -183,6 +184,12 @@ class Manifest:
                 stop = min(start + TILE_ELEMENTS, spec.elements)
                 out.append(Tile(len(out), position, spec, start, stop))
         return tuple(out)
+
+    @cached_property
+    def wire_spans(self) -> tuple[tuple[int, int], ...]:
+        """Where each tile lies in an uncompressed contribution, in bytes."""
+        sizes = (tile.wire_nbytes for tile in self.tiles)
+        return tuple(pairwise(accumulate(sizes, initial=0)))
 
     @cached_property
     def positions(self) -> dict[str, int]:

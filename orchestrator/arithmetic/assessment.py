@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.arithmetic.bounds import OutOfBounds, bounded
-from orchestrator.arithmetic.planning import load_payload, stack_of
+from orchestrator.arithmetic.planning import payload_loader, stack_of
 from protos.errors import InvalidInput
 from protos.tensors import view_bytes
 from strategies.scores import reliability, scores
@@ -48,13 +48,13 @@ def pool(args: dict[str, Any]) -> dict[str, Any]:
     names = sorted({n for row in args["sites"] for n in row["payloads"]})
     out: dict[str, Any] = {}
     at = 0
-    with open(args["out"], "wb") as file:  # noqa: PTH123
+    with open(args["out"], "wb") as file, payload_loader() as load:  # noqa: PTH123
         for name in names:
             rows = [r for r in args["sites"] if name in r["payloads"]]
             rule = rows[0]["payloads"][name]["merge"]
             if any(r["payloads"][name]["merge"] != rule for r in rows):
                 raise InvalidInput(f"side payload {name}: the sites disagree on its merge rule")
-            tensors = [load_payload(r["payloads"][name]) for r in rows]
+            tensors = [load(r["payloads"][name]) for r in rows]
             merged = _merge(name, rule, tensors, [float(r["examples"]) for r in rows])
             if merged is None:
                 continue
@@ -96,12 +96,14 @@ def assess(args: dict[str, Any]) -> dict[str, Any]:
         see them; ``reports``: numbers by strategy; ``failed``: why a strategy's map or scores are
         not there, by its name.
     """
+    with payload_loader() as load:
+        per_site = {
+            row["site"]: {name: load(spec) for name, spec in row["payloads"].items()}
+            for row in args["sites"]
+        }
     pooled: dict[str, Tensor] = {}
-    per_site: dict[str, dict[str, Tensor]] = {}
     with_val = 0
-    for row in args["sites"]:
-        own = {n: load_payload(spec) for n, spec in row["payloads"].items()}
-        per_site[row["site"]] = own
+    for own in per_site.values():
         if float(own.get("val/n", own.get("val_calibrated/n", 0))):
             with_val += 1
         for name, tensor in own.items():

@@ -138,14 +138,3 @@ def open_place(location: str) -> Reader:
     if location.startswith(("https://", "http://")):
         return RemoteObject(location)
     return LocalFile(location)
-
-
-def read_range(location: str, start: int, stop: int) -> bytearray:
-    """Some bytes of what lies at a location."""
-    out = bytearray(stop - start)
-    reader = open_place(location)
-    try:
-        reader.read_into(memoryview(out), start, stop)
-    finally:
-        reader.close()
-    return out

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from orchestrator.arithmetic.places import read_range
+from torch import Tensor
+
+from orchestrator.arithmetic.places import Reader, open_place
 from protos.plan import OptimizerChoice, Schedule, StrategyChoice, Work
 from protos.tensors import from_bytes
 from strategies.needs import AT_THE_ORCHESTRATOR
@@ -47,11 +51,13 @@ def plan_round(args: dict[str, Any]) -> dict[str, Any]:
     raw = args["draft"]
     last = raw["last"]
     change = last["relative_change"]
+    with payload_loader() as load:
+        pooled = {name: load(spec) for name, spec in args.get("payloads", {}).items()}
     summary = RoundSummary(
         round=last["round"],
         relative_change=math.nan if change is None else change,
         scores=last["scores"],
-        payloads={name: load_payload(spec) for name, spec in args.get("payloads", {}).items()},
+        payloads=pooled,
         sites=tuple(last["sites"]),
     )
     draft = Draft(
@@ -80,8 +86,21 @@ def plan_round(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_payload(spec: dict[str, Any]) -> Any:
-    """A side payload as a tensor, from where it lies (``path`` is a location)."""
-    start = spec["offset"]
-    data = read_range(spec["path"], start, start + spec["nbytes"])
-    return from_bytes(data, spec["dtype"], tuple(spec["shape"]))
+@contextmanager
+def payload_loader() -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
+    """Loads side payloads, each from its ``path`` (a location); every place is opened once.
+
+    In a bucket each opening is a connection and a request of its own.
+    """
+    readers: dict[str, Reader] = {}
+    with ExitStack() as opened:
+
+        def load(spec: Mapping[str, Any]) -> Tensor:
+            place, start = spec["path"], spec["offset"]
+            if place not in readers:
+                readers[place] = opened.enter_context(closing(open_place(place)))
+            data = bytearray(spec["nbytes"])
+            readers[place].read_into(memoryview(data), start, start + len(data))
+            return from_bytes(data, spec["dtype"], tuple(spec["shape"]))
+
+        yield load

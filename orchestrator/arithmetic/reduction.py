@@ -24,7 +24,7 @@ from torch import Tensor
 
 from orchestrator.arithmetic import assessment
 from orchestrator.arithmetic.job import Job, Outputs, Room, open_source
-from orchestrator.arithmetic.planning import load_payload, stack_of
+from orchestrator.arithmetic.planning import payload_loader, stack_of
 from orchestrator.rounds.passes import passes
 from protos.manifest import Manifest, TensorSpec, Tile
 from protos.tensors import DTYPES, dtype_name
@@ -132,15 +132,17 @@ def weigh(args: dict[str, Any]) -> dict[str, Any]:
         [math.nan if x is None else x for x in args["losses"]], dtype=torch.float64
     )
     gram = torch.tensor(args["gram"], dtype=torch.float64) if args.get("gram") else None
+    with payload_loader() as load:
+        sent = {
+            name: torch.stack([load(spec) for spec in specs])
+            for name, specs in args.get("payloads", {}).items()
+        }
     cohort = Cohort(
         sites=tuple(args["sites"]),
         examples=examples,
         losses=losses,
         staleness=torch.tensor(args["staleness"], dtype=torch.int64),
-        payloads={
-            name: torch.stack([load_payload(spec) for spec in specs])
-            for name, specs in args.get("payloads", {}).items()
-        },
+        payloads=sent,
         groups=tuple(groups),
         norms=gram.diagonal().clamp(min=0).sqrt() if gram is not None else None,
         gram=gram,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orchestrator.arithmetic.job import open_source
 from orchestrator.arithmetic.models import build, load_part, state_of, write_parts
-from orchestrator.arithmetic.planning import load_payload
+from orchestrator.arithmetic.planning import payload_loader
 from orchestrator.views import FILE_NAME
 from protos.errors import ComputeFailed
 from protos.manifest import Manifest
@@ -102,6 +102,12 @@ def refine(args: dict[str, Any]) -> dict[str, Any]:
     strategy = next(s for s in stack.strategies if s.name == args["strategy"])
     memo = dict(args["memo"])
     files = Files(args["files"], strategy.name)
+    with payload_loader() as load:
+        pooled = {name: load(spec) for name, spec in args["payloads"].items()}
+        by_site = {
+            site: {name: load(spec) for name, spec in own.items()}
+            for site, own in args["site_payloads"].items()
+        }
     refinement = Refinement(
         round=args["round"],
         seed=args["seed"],
@@ -109,11 +115,8 @@ def refine(args: dict[str, Any]) -> dict[str, Any]:
         model=model,
         weights={site: row["weights"][0] for site, row in sources.items()},
         load_site=load_site,
-        payloads={name: load_payload(spec) for name, spec in args["payloads"].items()},
-        site_payloads={
-            site: {name: load_payload(spec) for name, spec in own.items()}
-            for site, own in args["site_payloads"].items()
-        },
+        payloads=pooled,
+        site_payloads=by_site,
         device=args["device"],
         scratch=Path(args["out"]),
         memo=memo,

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import obstore
 import pytest
 import torch
 
-from orchestrator.arithmetic.places import WINDOW_BYTES, open_place, read_range
+from orchestrator.arithmetic.places import WINDOW_BYTES, open_place
+from orchestrator.arithmetic.planning import payload_loader
 from orchestrator.config import DaemonConfig, parse_daemon
 from orchestrator.doctor import examine
 from orchestrator.home import Home
@@ -244,6 +246,13 @@ def test_a_damaged_object_is_not_taken(door: Door) -> None:
 # -- ranges ------------------------------------------------------------------------------------------------
 
 
+def first_bytes(url: str) -> bytearray:
+    out = bytearray(10)
+    with closing(open_place(url)) as reader:
+        reader.read_into(memoryview(out), 0, 10)
+    return out
+
+
 def test_ranges_are_read_with_a_url_alone(door: Door, tmp_path: Path) -> None:
     data = os.urandom(2 * WINDOW_BYTES + 1000)
     store = door.direct()
@@ -266,11 +275,23 @@ def test_ranges_are_read_with_a_url_alone(door: Door, tmp_path: Path) -> None:
 
     plain = url.split("?")[0]
     with pytest.raises(Unavailable, match="status 403") as refused:
-        read_range(f"{plain}?X-Amz-Signature=0", 0, 10)
+        first_bytes(f"{plain}?X-Amz-Signature=0")
     assert "X-Amz" not in refused.value.message
     store.erase(name, "why")
     with pytest.raises(NotFound, match="is gone"):
-        read_range(url, 0, 10)
+        first_bytes(url)
+
+
+def test_all_that_a_site_sent_is_read_through_one_connection(door: Door, tmp_path: Path) -> None:
+    store = door.direct()
+    sums = torch.arange(40, dtype=torch.float64)
+    url = store.place(put(store, sums.numpy().tobytes()).digest, tmp_path)
+    before = len(door.line.connections)
+    with payload_loader() as load:
+        for first in range(0, 40, 4):
+            part = {"path": url, "offset": 8 * first, "nbytes": 32, "dtype": "float64"}
+            assert load({**part, "shape": [2, 2]}).flatten().equal(sums[first : first + 4])
+    assert len(door.line.connections) == before + 1
 
 
 def test_a_reduction_of_urls_has_the_bits_of_one_of_files(door: Door, tmp_path: Path) -> None:

@@ -47,6 +47,16 @@ def assess(work: Workload, plan: Plan, watch: Watch) -> tuple[dict[str, Tensor],
     return dict(work.stack.release(out)), samples
 
 
+def kept(work: Workload, plan: Plan) -> bool:
+    """Whether all that a plan asks for follows from outputs that were kept, not from the model."""
+    splits = [split for split in SPLITS if work.loaded.dataset(split) is not None]
+    return plan.kind == "reassess" and all(_key(plan, split) in work.outputs for split in splits)
+
+
+def _key(plan: Plan, split: str) -> tuple[str, int, int, str, str]:
+    return plan.run, plan.round, plan.attempt, plan.base, split
+
+
 @torch.no_grad()
 def _split(work: Workload, plan: Plan, split: str, watch: Watch) -> Sums:
     batches = work.batches(split, BATCH_SIZE)
@@ -83,12 +93,11 @@ def _outputs(work: Workload, plan: Plan, split: str, batches: Batches) -> Iterat
     Those of the first exchange serve the second one, too, if they are no larger than `KEPT_BYTES`:
     the model is the same, and to run it is what an assessment costs.
     """
-    key = (plan.run, plan.round, plan.attempt, plan.base, split)
-    kept = work.outputs.pop(key, None) if plan.kind == "reassess" else None
-    if kept is not None:
-        yield from kept
+    known = work.outputs.pop(_key(plan, split), None) if plan.kind == "reassess" else None
+    if known is not None:
+        yield from known
         return
-    room, kept = KEPT_BYTES, []
+    room, seen = KEPT_BYTES, []
     for batch in batches.epoch(None, 0):
         inputs, targets = work.task.unpack(batch)
         with work.device.autocast():
@@ -97,13 +106,13 @@ def _outputs(work: Workload, plan: Plan, split: str, batches: Batches) -> Iterat
         yield outputs, targets
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
             room -= outputs.nbytes + targets.nbytes
-            kept.append((outputs, targets))
+            seen.append((outputs, targets))
         else:
             room = -1
         if room < 0:
-            kept.clear()
+            seen.clear()
     if plan.kind != "reassess" and work.stack.mapping and room >= 0:
-        work.outputs[key] = kept
+        work.outputs[_key(plan, split)] = seen
 
 
 def _of_strategies(work: Workload, plan: Plan, split: str, outputs: Any, targets: Any) -> Sums:

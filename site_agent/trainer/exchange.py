@@ -21,7 +21,7 @@ from protos.spares import Spares
 from protos.tensors import ArtefactFile, iterate_bytes
 from site_agent.pipe import Progress
 from site_agent.trainer import inner_optimizer
-from site_agent.trainer.assessing import assess
+from site_agent.trainer.assessing import assess, kept
 from site_agent.trainer.checkpoint import Checkpoints
 from site_agent.trainer.fitting import Fitted, fit
 from site_agent.trainer.payload import Blocks, Contribution, blocks_of
@@ -182,7 +182,8 @@ class Exchange:
         return base, remembered
 
     def _remembered(self) -> SiteState:
-        if self.state is not None:
+        # Of a state an assessment needs the tensors placed here, and else nothing.
+        if self.state is not None and (self.plan.kind == "train" or self.work.own):
             try:
                 return SiteState.read(self.state)
             except DataCorrupt as error:
@@ -214,7 +215,8 @@ class Exchange:
 
     def _assess(self) -> Contribution:
         """The candidate as it is: `adopt` is not asked, so that all sites score the same model."""
-        self._start()
+        if not kept(self.work, self.plan):
+            self._start()
         with self.clock.phase("assessing"):
             sums, samples = assess(self.work, self.plan, self.watch)
         reach("assess.summed")

@@ -609,6 +609,11 @@ def test_the_second_exchange_does_not_run_the_model_again(
     assert none == 0
     assert kept.keys() == fresh.keys()
     assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+    # Nor does it read the model: it may be larger than all else that an assessment needs.
+    runs(first)
+    _, manifest, index = base_of(bench.folder, first)
+    _, unread, _ = bench.perform(again, work=work, base=(bench.folder / "none", manifest, index))
+    assert all(torch.equal(unread[name], fresh[name]) for name in fresh)
     # Asked once more, as after a break; for another model; or if its outputs are too large to keep.
     assert runs(again)[0] == there
     runs(first)
@@ -619,6 +624,15 @@ def test_the_second_exchange_does_not_run_the_model_again(
     runs(first)
     assert not work.outputs
     assert runs(again)[0] == there
+
+
+def test_an_assessment_reads_of_a_site_s_memory_its_own_tensors_only(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SiteState, "read", lambda _: pytest.fail("it may be twice the model"))
+    bench.perform(plan_of(kind="assess"), state=bench.folder)
+    with pytest.raises(pytest.fail.Exception):
+        bench.perform(plan_of(), state=bench.folder)
 
 
 def test_what_looks_behind_the_map_is_asked_for_once(bench: Bench) -> None:

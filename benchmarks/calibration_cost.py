@@ -1,6 +1,6 @@
 """What does calibration add to a round? Bytes and seconds, at five local epochs.
 
-    python -m benchmarks.calibration_cost [--rounds 6] [--examples 60000]
+    python -m benchmarks.calibration_cost [--rounds 6] [--examples 60000] [--width 512]
 
 All of Fashion-MNIST over five sites. The same run without an assessment, with scores, with a
 temperature, and with conformal sets behind it. Bytes are compared between the arms; time within each
@@ -58,7 +58,7 @@ class Cost(NamedTuple):
         return statistics.median(part / (whole - part) for whole, part in pairs)
 
 
-def config(arm: str, rounds: int, examples: int) -> dict[str, Any]:
+def config(arm: str, rounds: int, examples: int, width: int) -> dict[str, Any]:
     """A run file."""
     return {
         "name": f"cost-{arm.replace(', ', '-').replace(' ', '-')}",
@@ -71,6 +71,7 @@ def config(arm: str, rounds: int, examples: int) -> dict[str, Any]:
                 "train": examples,
                 "held": examples // 6,
                 "val": 0.5,
+                "width": width,
             },
         },
         "cohort": {"sites": list(SITES), "quorum": "all", "deadline_s": 600},
@@ -101,15 +102,18 @@ def shortfalls(costs: Mapping[str, Cost]) -> list[str]:
     return out
 
 
-def part(costs: Mapping[str, Cost], short: Sequence[str], rounds: int, examples: int) -> str:
+def part(
+    costs: Mapping[str, Cost], short: Sequence[str], rounds: int, examples: int, width: int
+) -> str:
     """The part of docs/evidence.md."""
     lines = [
         "## What calibration adds to a round",
         "",
         (
-            f"`python -m benchmarks.calibration_cost --rounds {rounds} --examples {examples}`: "
+            f"`python -m benchmarks.calibration_cost --rounds {rounds} --examples {examples} "
+            f"--width {width}`: "
             f"Fashion-MNIST, {examples} pictures to train on and {examples // 6} held out, "
-            f"{len(SITES)} sites, MLP with two hidden layers of 128, {EPOCHS} local epochs; medians "
+            f"{len(SITES)} sites, MLP with two hidden layers of {width}, {EPOCHS} local epochs; medians "
             f"over {rounds - 1} rounds. Added is the time of the assessment against that of the rest of "
             "the round; sent is what a site sends in a round, its contribution included."
         ),
@@ -132,15 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="calibration-cost", description=(__doc__ or "")[:76])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--examples", type=int, default=60_000)
+    parser.add_argument("--width", type=int, default=512, help="of the model's hidden layers")
     parser.add_argument("--out", type=Path, default=EVIDENCE, help="where the table goes")
     options = parser.parse_args(arguments)
     costs: dict[str, Cost] = {}
     with federation() as there:
         for arm in ARMS:
-            costs[arm] = cost(there.run(config(arm, options.rounds, options.examples)))
+            costs[arm] = cost(
+                there.run(config(arm, options.rounds, options.examples, options.width))
+            )
             print(f"{arm}: {costs[arm]}", flush=True)
     short = shortfalls(costs)
-    text = part(costs, short, options.rounds, options.examples)
+    text = part(costs, short, options.rounds, options.examples, options.width)
     document = options.out.read_text() if options.out.exists() else "# Evidence\n"
     options.out.write_text(written(document, COST_MARK, text))
     print(f"\n{text}")

@@ -28,7 +28,7 @@ LEAST = 4  # pictures of a site: none is left without
 
 
 class HeldOut(Task):
-    """Small pictures, a perceptron with two hidden layers of 128."""
+    """Small pictures, a perceptron with two hidden layers."""
 
     class Params(Options):
         """The run's parameters.
@@ -43,6 +43,7 @@ class HeldOut(Task):
             draw: Which division into the two.
             noise: Standard deviation of Gaussian noise on pixels from 0 to 1.
             copies: How often each held-out picture is there, each time with noise of its own.
+            width: Of the hidden layers.
         """
 
         data: Literal["digits", "fashion_mnist", "fashion_mnist_all"] = "digits"
@@ -54,6 +55,7 @@ class HeldOut(Task):
         draw: int = Field(0, ge=0, lt=2**32)
         noise: float = Field(0.0, ge=0)
         copies: int = Field(1, ge=1)
+        width: int = Field(128, ge=1)
 
     class Settings(Options):
         """This site's part.
@@ -72,7 +74,8 @@ class HeldOut(Task):
     def model(self) -> nn.Module:
         pixels = 64 if self.params.data == "digits" else 784
         layers: list[nn.Module] = []
-        for wide in pairwise((pixels, 128, 128, CLASSES)):
+        width = self.params.width
+        for wide in pairwise((pixels, width, width, CLASSES)):
             layers += [nn.Linear(*wide), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 

@@ -635,6 +635,15 @@ def test_an_assessment_reads_of_a_site_s_memory_its_own_tensors_only(
         bench.perform(plan_of(), state=bench.folder)
 
 
+def test_a_site_s_own_tensors_are_assessed_with_the_candidate(bench: Bench) -> None:
+    stack = ("test_own_normalisation",)
+    _, _, state = bench.perform(plan_of(stack=stack))
+    plan = plan_of(stack=stack, kind="assess")
+    _, remembered, _ = bench.perform(plan, state=state)
+    _, fresh, _ = bench.perform(plan)
+    assert not torch.equal(remembered["val/nll"], fresh["val/nll"])
+
+
 def test_what_looks_behind_the_map_is_asked_for_once(bench: Bench) -> None:
     sets, temperature = StrategyChoice(name="conformal"), StrategyChoice(name="temperature")
     names = {"conformal/val/own", "conformal/val/every", "conformal/test/own"}

@@ -131,6 +131,8 @@ class Job:
         round, seed         for `strategies.context.Moment`
         sources             in site-id order: site, payload (location), header (path)
         out                 path of the next model
+        cold                path of a model that is not read any more (empty for none): see
+                            `output.release_pages`
         state               outer state: manifest and out (paths), before (location, empty for
                             none) and before_manifest (digest)
         cohort, pool        arguments of `reduction.weigh` and `assessment.pool`

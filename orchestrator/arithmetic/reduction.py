@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.arithmetic import assessment
-from orchestrator.arithmetic.job import Job, Outputs, Room, open_source
+from orchestrator.arithmetic.job import Job, Outputs, Room, open_source, place_in
+from orchestrator.arithmetic.output import release_pages
 from orchestrator.arithmetic.planning import payload_loader, stack_of
 from orchestrator.rounds.passes import passes
 from protos.manifest import Manifest, TensorSpec, Tile
@@ -164,12 +165,17 @@ def reduce_run(args: dict[str, Any]) -> dict[str, Any]:
     """
     job = Job.open(args["job"])
     try:
+        tiles = job.manifest.tiles[args["first"] : args["end"]]
+        if tiles and (cold := args["job"]["cold"]):
+            start, _ = place_in(job.manifest, tiles[0].tensor, tiles[0])
+            _, stop = place_in(job.manifest, tiles[-1].tensor, tiles[-1])
+            release_pages(cold, start, stop)
         outputs = Outputs(job, args["job"])
         weights = torch.tensor(args["weights"], dtype=torch.float64)
         done = False
         try:
             sums = []
-            for tile in job.manifest.tiles[args["first"] : args["end"]]:
+            for tile in tiles:
                 sums += _reduce_tile(job, tile, weights, outputs)
             done = True
         finally:

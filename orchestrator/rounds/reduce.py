@@ -117,6 +117,7 @@ def job_of(
             for c in rows
         ],
         "out": str(store.scratch(f"{planned.name}-model")),
+        "cold": str(_cold(engine, planned) or ""),
         "state": {
             "manifest": str(folder / "state.manifest"),
             "out": str(store.scratch(f"{planned.name}-state")),
@@ -140,6 +141,12 @@ def job_of(
             "out": str(folder / "pooled"),
         },
     }
+
+
+def _cold(engine: Engine, planned: Planned) -> Path | None:
+    """The file of the base before this one: the sites have moved on."""
+    digest = planned.before.base
+    return engine.store.here(digest) if digest not in ("", planned.base.shared) else None
 
 
 def _cut(header: Header, work: dict[str, float | None]) -> tuple[float, float, str]:

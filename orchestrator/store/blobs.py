@@ -77,6 +77,10 @@ class Blobs(Protocol):
         """A file of this machine with all its bytes, to be read only and soon."""
         ...
 
+    def here(self, key: str) -> Path | None:
+        """The file of this machine that has its bytes, if there is one already."""
+        ...
+
     def lend(self, key: str, index: Look, folder: Path) -> Path:
         """The same, there as long as ``folder`` (on the store's file system) is."""
         ...

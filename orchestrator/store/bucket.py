@@ -159,6 +159,10 @@ class Bucket:
         """See `Blobs.file`."""
         return self._cache.file(_name(key), lambda path: self._fetch(key, index(), path))
 
+    def here(self, key: str) -> Path | None:
+        """See `Blobs.here`."""
+        return self._cache.find(_name(key))
+
     def lend(self, key: str, index: Look, folder: Path) -> Path:
         """See `Blobs.lend`."""
         return self._cache.lend(_name(key), lambda path: self._fetch(key, index(), path), folder)

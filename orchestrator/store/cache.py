@@ -64,6 +64,11 @@ class Cache:
                 shutil.copyfile(path, lent)
         return lent
 
+    def find(self, name: str) -> Path | None:
+        """A file, if it is here."""
+        path = self._folder / name
+        return path if path.exists() else None
+
     def add(self, name: str, file: Path) -> None:
         """Take a file in."""
         with self._lock:

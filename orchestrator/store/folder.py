@@ -93,6 +93,11 @@ class Folder:
         """See `Blobs.file`."""
         return self._root / key
 
+    def here(self, key: str) -> Path | None:
+        """See `Blobs.here`."""
+        path = self._root / key
+        return path if path.exists() else None
+
     def lend(self, key: str, index: Look, folder: Path) -> Path:
         """See `Blobs.lend`."""
         return self._root / key

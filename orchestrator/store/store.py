@@ -146,6 +146,10 @@ class Store:
         """A file with an artefact's bytes, to be read only and soon."""
         return self.blobs.file(self._held(digest), lambda: self.index(digest))
 
+    def here(self, digest: str) -> Path | None:
+        """The file of this machine that has an artefact's bytes, if there is one already."""
+        return self.blobs.here(_data_key(digest))
+
     def lend(self, digest: str, folder: Path) -> Path:
         """A file with an artefact's bytes, to be read only, for whoever works in ``folder``."""
         return self.blobs.lend(self._held(digest), lambda: self.index(digest), folder)

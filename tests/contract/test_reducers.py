@@ -5,6 +5,7 @@ The oracles here hold whole vectors, know no tiles, and add one site after the o
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from orchestrator.rounds import reduce as reduce_module
 from orchestrator.rounds.engine import Candidate
 from orchestrator.rounds.passes import added_gram, relative_change
 from orchestrator.rounds.reduce import job_of, reduce, runs
+from protos.digest import digest
 from protos.errors import ContributionRefused
 from protos.manifest import TILE_ELEMENTS, Manifest
 from protos.plan import StrategyChoice
@@ -311,6 +313,42 @@ def test_a_base_of_zeros_has_no_relative_change(bench: Workbench) -> None:
 
 
 # -- parts, groups ----------------------------------------------------------------------------------
+
+
+def cached(path: Path) -> bool:
+    """Whether all of a file is in memory: a read that may not wait says so."""
+    with path.open("rb", buffering=0) as file:
+        size = path.stat().st_size
+        try:
+            return os.preadv(file.fileno(), [bytearray(size)], 0, os.RWF_NOWAIT) == size
+        except BlockingIOError:
+            return False
+
+
+def test_the_base_before_makes_room_in_memory_for_the_next_model(bench: Workbench) -> None:
+    manifest = Manifest((of_spec("w", (1 << 21,)),))
+    models = [bench.put_model(manifest, drawn(manifest, seed)) for seed in (7, 8)]
+    earlier, base = (bench.store.path(model) for model in models)
+    rows = send(bench, manifest, updates_of(manifest), models[1])
+    before = digest(earlier.read_bytes())
+    if not cached(earlier):
+        pytest.skip("this file system does not tell")
+    expected = reduced(bench, models[1], rows)  # a first round has no base before
+    assert cached(earlier)
+    candidate = reduced(bench, models[1], rows, base_before=models[0])
+    assert not cached(earlier)
+    assert cached(base)  # nobody waits for the disk in order to send it
+    assert candidate.model == expected.model
+    assert digest(earlier.read_bytes()) == before
+
+
+def test_a_base_before_that_is_gone_is_not_missed(bench: Workbench) -> None:
+    model = bench.put_model(MANIFEST, drawn(MANIFEST, 7))
+    rows = send(bench, MANIFEST, updates_of(MANIFEST), model)
+    expected = reduced(bench, model, rows)
+    assert reduced(bench, model, rows, base_before="ab" * 32).model == expected.model
+    assert reduced(bench, model, rows, base_before=model).model == expected.model
+    assert cached(bench.store.path(model))
 
 
 def test_what_no_contribution_covers_stays_as_it_is(bench: Workbench) -> None:

@@ -232,6 +232,7 @@ class Workbench:
         outer_state: str = "",
         seed: int = 0,
         frozen: str = "",
+        base_before: str = "",
     ) -> Planned:
         """A round that is planned on a stored base, in no ledger."""
         run = parse_run(RUN_FILE.format(name="r", rounds=9))
@@ -245,7 +246,7 @@ class Workbench:
             "memos": {},
         }
         row = RoundRow("r", round, 1, state="closed", base=base, draft=draft)
-        before = RoundRow("r", round - 1, 1, model=base, outer_state=outer_state)
+        before = RoundRow("r", round - 1, 1, base=base_before, model=base, outer_state=outer_state)
         return Planned(config, self.run_row(config), row, Model(base, frozen), before)
 
     def run_row(self, config: RunConfig, identity: str = "r") -> RunRow:

@@ -96,6 +96,17 @@ def test_artefacts_come_back(store: Store) -> None:
     store.verify(index.digest)
 
 
+def test_what_is_on_this_machine_is_told_without_fetching(store: Store) -> None:
+    index = put(store, b"bytes")
+    here = store.here(index.digest)
+    assert here is not None
+    assert here.read_bytes() == b"bytes"
+    assert store.here("ab" * 32) is None
+    if store.blobs.spare():  # of a bucket: only a copy was here
+        assert store.here(index.digest) is None
+        assert index.digest in store
+
+
 def test_an_empty_artefact_is_one_too(store: Store) -> None:
     index = put(store, b"")
     assert index.chunks == ()

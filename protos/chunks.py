@@ -18,6 +18,7 @@ from protos.errors import DataCorrupt, ManifestInvalid
 from protos.faults import reach
 from protos.manifest import CHUNK_BYTES, Index
 from protos.spares import Spares
+from protos.write_behind import write_behind
 
 SMALL_BYTES = 64 << 10
 """Pieces below this are put together before they are written."""
@@ -106,6 +107,8 @@ class IndexWriter:
                 self._end_chunk()
 
     def _end_chunk(self) -> None:
+        start = len(self._chunks) * CHUNK_BYTES
+        write_behind(self._file.fileno(), start, start + self._filled)
         reach("artefact.chunk.written")
         self._chunks.append(self._hasher.hexdigest())
         self._hasher, self._filled = hasher(), 0
@@ -225,10 +228,12 @@ class ChunkFile:
             raise ManifestInvalid(f"chunk {number}: {len(data)} bytes where {size} belong")
         if digest(data) != self.index.chunks[number]:
             raise DataCorrupt(f"chunk {number}: its bytes do not have the announced digest")
-        view = memoryview(data)
+        view, at = memoryview(data), start
         while view:
-            written = os.pwrite(self._fd, view, start)
-            view, start = view[written:], start + written
+            written = os.pwrite(self._fd, view, at)
+            view, at = view[written:], at + written
+        if self._durable:
+            write_behind(self._fd, start, stop)
         reach("part.chunk.written")
         if not self._have[number]:
             self._have[number] = 1

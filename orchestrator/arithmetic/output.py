@@ -8,6 +8,7 @@ from typing import Any
 
 from protos.digest import hasher
 from protos.manifest import ALIGNMENT, CHUNK_BYTES
+from protos.write_behind import write_behind
 
 
 def release_pages(path: str, start: int, stop: int) -> None:
@@ -54,9 +55,11 @@ class Output:
             self._hasher = hasher() if at % CHUNK_BYTES == 0 else None
         self._hash(memoryview(bytes(at - self._at)))
         self._hash(data)
+        start = at
         while data:
             written = os.pwrite(self._fd, data, at)
             data, at = data[written:], at + written
+        write_behind(self._fd, start, at)
 
     def _hash(self, data: memoryview) -> None:
         while data:

@@ -323,6 +323,8 @@ def cached(path: Path) -> bool:
             return os.preadv(file.fileno(), [bytearray(size)], 0, os.RWF_NOWAIT) == size
         except BlockingIOError:
             return False
+        except OSError as error:
+            pytest.skip(f"this file system does not tell: {error}")
 
 
 def test_the_base_before_makes_room_in_memory_for_the_next_model(bench: Workbench) -> None:
@@ -331,8 +333,6 @@ def test_the_base_before_makes_room_in_memory_for_the_next_model(bench: Workbenc
     earlier, base = (bench.store.path(model) for model in models)
     rows = send(bench, manifest, updates_of(manifest), models[1])
     before = digest(earlier.read_bytes())
-    if not cached(earlier):
-        pytest.skip("this file system does not tell")
     expected = reduced(bench, models[1], rows)  # a first round has no base before
     assert cached(earlier)
     candidate = reduced(bench, models[1], rows, base_before=models[0])

@@ -77,6 +77,12 @@ def test_large_files_are_on_their_way_before_they_are_synced(
     tmp_path: Path, write: Callable[[Path, list[bytes]], Written]
 ) -> None:
     chunks = [os.urandom(CHUNK_BYTES) for _ in range(2 * STRETCH_BYTES // CHUNK_BYTES + 1)]
+    probe = tmp_path / "probe"
+    with probe.open("wb", buffering=0) as file:
+        file.write(bytes(PAGE))
+        os.fsync(file.fileno())
+    if dirty(probe, 0, PAGE):
+        pytest.skip("this file system has no disk behind it")
     path, finish = write(tmp_path / "file", chunks)
     # What the C library or Python still holds back of a stretch's end is the sync's.
     assert dirty(path, 0, 2 * STRETCH_BYTES) < 0.05 * 2 * STRETCH_BYTES / PAGE

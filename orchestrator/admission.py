@@ -1,10 +1,11 @@
-"""Large uploads take turns where the processors, and not the sites' lines, are the limit.
+"""Large transfers take turns where the processors, and not the sites' lines, are the limit.
 
 What a site has sent and nobody has read yet lies in memory, a window of its stream and the message
-that is being put together: 9 MiB measured. Uploads over fast lines are read one after the other in
-any case; letting all of them begin only fills their windows. So no more begin than are read with
-all the processors, unless those that run leave processors idle, or hardly bring anything: then
-their lines are slow, their windows stay empty, and as many again may begin.
+that is being put together: 9 MiB measured. Transfers over fast lines are carried one after the other
+in any case; letting all of them begin only fills their windows, and no site has its model before all
+have it. So no more begin than are carried with all the processors, unless those that run leave
+processors idle, or hardly move anything: then their lines are slow, their windows stay empty, and as
+many again may begin.
 """
 
 from __future__ import annotations
@@ -13,25 +14,24 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import psutil
 
-from protos.bulk import Chunk
 from protos.errors import Unavailable
 
 LARGE_BYTES = 8 << 20
-"""A smaller contribution hardly fills a window; it never waits."""
+"""A smaller transfer hardly fills a window; it never waits."""
 
 AT_ONCE = max(4, os.cpu_count() or 1)
-"""Uploads that may run however fast they are."""
+"""Transfers that may run however fast they are."""
 
 IDLE_SHARE = 0.2
 """Of the machine's processors; with so much left they are not the limit."""
 
 SLOW_BYTES_PER_S = 10e6
-"""Uploads that carry less together are slow, whatever the processors are busy with. A core decrypts,
+"""Transfers that carry less together are slow, whatever the processors are busy with. A core decrypts,
 hashes and writes some 300 MB/s."""
 
 LOOK_S = 0.5
@@ -54,7 +54,7 @@ class Processors:
 
 
 class Admission:
-    """Who may send now, in the order in which they asked.
+    """Whose weights may move now, up or down, in the order in which they asked.
 
     Args:
         at_once: See `AT_ONCE`.
@@ -75,24 +75,22 @@ class Admission:
         self._carried, self._since = 0, time.monotonic()
 
     @contextmanager
-    def place(
-        self, nbytes: int, alive: Callable[[], bool]
-    ) -> Iterator[Callable[[Iterator[Chunk]], Iterator[Chunk]]]:
-        """Wait for a turn and have it; gives what the chunks have to be passed through.
+    def place(self, nbytes: int, alive: Callable[[], bool]) -> Generator[Callable[[int], None]]:
+        """Wait for a turn and have it; gives what has to be told of the bytes that were carried.
 
         Args:
-            nbytes: Of the whole contribution.
+            nbytes: Of the whole transfer.
             alive: Whether it is still worth waiting.
 
         Raises:
             Unavailable: It is not.
         """
         if nbytes < LARGE_BYTES:
-            yield lambda chunks: chunks
+            yield lambda carried: None
             return
         self._enter(alive)
         try:
-            yield self._counted
+            yield self._moved
         finally:
             with self._changed:
                 self._taken -= 1
@@ -108,7 +106,7 @@ class Admission:
                 while self._asking[0] is not ticket or not self._free():
                     self._changed.wait(self._look_s)
                     if not alive():
-                        raise Unavailable("upload: the site went away before its turn")
+                        raise Unavailable("transfer: the site went away before its turn")
                 self._taken += 1
             finally:
                 self._asking.remove(ticket)
@@ -130,8 +128,6 @@ class Admission:
             self._carried, self._since = 0, now
         return self._taken < self._places
 
-    def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        for chunk in chunks:
-            with self._changed:
-                self._carried += len(chunk.data)
-            yield chunk
+    def _moved(self, carried: int) -> None:
+        with self._changed:
+            self._carried += carried

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -327,11 +327,13 @@ class BulkService(site_pb2_grpc.BulkServicer):
         ranges = [(r.first, r.end) for r in request.missing]
         if not index.chunks:
             return
-        path = self._store.path(request.digest)
-        for nbytes, frame in self._fanout.frames(path, index, ranges):
-            yield frame
-            self._recorder.moved(site, received=nbytes)
-            reach("serve.chunk.sent")
+        with self._admission.place(index.nbytes, context.is_active) as carried:
+            path = self._store.path(request.digest)
+            for nbytes, frame in self._fanout.frames(path, index, ranges):
+                yield frame
+                carried(nbytes)
+                self._recorder.moved(site, received=nbytes)
+                reach("serve.chunk.sent")
 
     def Contribute(
         self,
@@ -349,8 +351,8 @@ class BulkService(site_pb2_grpc.BulkServicer):
         @contextmanager
         def in_turn(announced: Announced) -> Iterator[Iterator[Chunk]]:
             nbytes = announced.index.nbytes
-            with self._admission.place(nbytes, context.is_active) as counted:
-                yield counted(_asked_for(chunks, nbytes, context))
+            with self._admission.place(nbytes, context.is_active) as carried:
+                yield _asked_for(chunks, nbytes, context, carried)
 
         return self._reception.take(caller, first.head, in_turn)
 
@@ -362,9 +364,14 @@ class BulkService(site_pb2_grpc.BulkServicer):
 
 
 def _asked_for(
-    chunks: Iterator[Chunk], nbytes: int, context: grpc.ServicerContext
+    chunks: Iterator[Chunk],
+    nbytes: int,
+    context: grpc.ServicerContext,
+    carried: Callable[[int], None],
 ) -> Iterator[Chunk]:
     """The chunks; those of a large contribution come once they are asked for, see ``Welcome``."""
     if nbytes >= LARGE_BYTES:
         context.send_initial_metadata(())
-    yield from chunks
+    for chunk in chunks:
+        carried(len(chunk.data))
+        yield chunk

@@ -18,6 +18,7 @@ import grpc
 import pytest
 import torch
 
+from orchestrator.admission import AT_ONCE
 from orchestrator.federation import Federation
 from orchestrator.ledger import RoundRow
 from orchestrator.rounds.plan import plan_row
@@ -42,8 +43,8 @@ from tests.support.workbench import Workbench, of_spec
 pytestmark = pytest.mark.xdist_group("doors")  # one daemon for all of them
 
 CALL_S = 20.0
-MANIFEST = Manifest((of_spec("w", (300_000,)),))
-VALUES = {"w": torch.arange(300_000.0)}
+MANIFEST = Manifest((of_spec("w", (2_500_000,)),))  # a large one: its transfers take turns
+VALUES = {"w": torch.arange(2_500_000.0)}
 SITES = ("north", "south", "west", "east")
 
 
@@ -227,6 +228,20 @@ def test_a_site_gets_its_plan_its_base_and_its_answer(doors: Doors) -> None:
         assert Index.decode(first.head.index).digest == doors.base
         assert len(b"".join(r.chunk.data for r in rest)) == MANIFEST.nbytes
         assert not status(channel, doors.plans["south"].id).known
+
+
+def test_downloads_that_nobody_reads_keep_no_other_site_waiting(doors: Doors) -> None:
+    request = site_pb2.FetchRequest(digest=doors.base)
+    with (
+        doors.as_site(doors.sites["south"]) as channel,
+        doors.as_site(doors.sites["south"]) as another,
+    ):
+        stub = site_pb2_grpc.BulkStub(channel)
+        unread = [stub.FetchModel(request, timeout=2 * CALL_S) for _ in range(3 * AT_ONCE)]
+        assert all(next(stream).HasField("head") for stream in unread)
+        assert len(fetch(another, doors.base)) > MANIFEST.nbytes >> 20
+        for stream in unread:
+            stream.cancel()
 
 
 def test_no_certificate_gets_nothing(doors: Doors) -> None:

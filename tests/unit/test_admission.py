@@ -1,4 +1,4 @@
-"""Large uploads take turns, in order, and only while their lines are not the limit."""
+"""Large transfers take turns, in order, and only while their lines are not the limit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.admission import LARGE_BYTES, Admission, Processors
-from protos.bulk import Chunk
 from protos.errors import Unavailable
 
-HUGE = Chunk(0, memoryview(bytes(1 << 20)))
 
-
-class Upload(threading.Thread):
-    """An upload that runs until it is told to end."""
+class Transfer(threading.Thread):
+    """A transfer that runs until it is told to end."""
 
     def __init__(self, admission: Admission, nbytes: int = LARGE_BYTES, fast: bool = False) -> None:
         super().__init__(daemon=True)
@@ -25,57 +22,51 @@ class Upload(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        def sent() -> Iterator[Chunk]:
-            while not self.over.is_set():
-                if self._fast:
-                    yield HUGE
-                else:
-                    self.over.wait()
-
         try:
-            with self._admission.place(self._nbytes, lambda: not self.gone.is_set()) as counted:
+            with self._admission.place(self._nbytes, lambda: not self.gone.is_set()) as carried:
                 self.begun.set()
-                for _ in counted(sent()):
-                    pass
+                while self._fast and not self.over.is_set():
+                    carried(1 << 20)
+                self.over.wait()
         except Unavailable as error:
             self.error = error
 
 
 @pytest.fixture
-def uploads() -> Iterator[list[Upload]]:
-    out: list[Upload] = []
+def transfers() -> Iterator[list[Transfer]]:
+    out: list[Transfer] = []
     yield out
-    for upload in out:
-        upload.gone.set()
-        upload.over.set()
-        upload.join()
+    for transfer in out:
+        transfer.gone.set()
+        transfer.over.set()
+        transfer.join()
 
 
-def test_fast_uploads_wait_for_a_place_and_get_it_in_order(uploads: list[Upload]) -> None:
+def test_fast_transfers_wait_for_a_place_and_get_it_in_order(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
-    uploads.append(Upload(admission, fast=True))
-    assert uploads[0].begun.wait(10)
-    uploads.append(Upload(admission, fast=True))
-    assert not uploads[1].begun.wait(0.5)  # ten looks, all of them at a busy machine
-    uploads.append(Upload(admission, fast=True))
-    assert not uploads[2].begun.wait(0.1)
-    uploads[0].over.set()
-    assert uploads[1].begun.wait(10)
-    assert not uploads[2].begun.wait(0.2)
-    uploads[1].over.set()
-    assert uploads[2].begun.wait(10)
+    transfers.append(Transfer(admission, fast=True))
+    assert transfers[0].begun.wait(10)
+    transfers.append(Transfer(admission, fast=True))
+    assert not transfers[1].begun.wait(0.5)  # ten looks, all of them at a busy machine
+    transfers.append(Transfer(admission, fast=True))
+    assert not transfers[2].begun.wait(0.1)
+    transfers[0].over.set()
+    assert transfers[1].begun.wait(10)
+    assert not transfers[2].begun.wait(0.2)
+    transfers[1].over.set()
+    assert transfers[2].begun.wait(10)
 
 
-def test_uploads_over_slow_lines_all_run(uploads: list[Upload]) -> None:
+def test_transfers_over_slow_lines_all_run(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=0.02, idle=lambda: 0.0)
-    uploads += [Upload(admission) for _ in range(20)]
-    assert all(upload.begun.wait(10) for upload in uploads)
+    transfers += [Transfer(admission) for _ in range(20)]
+    assert all(transfer.begun.wait(10) for transfer in transfers)
 
 
-def test_fast_uploads_that_leave_processors_idle_all_run(uploads: list[Upload]) -> None:
+def test_fast_transfers_that_leave_processors_idle_all_run(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=0.02, idle=lambda: 0.5)
-    uploads += [Upload(admission, fast=True) for _ in range(5)]
-    assert all(upload.begun.wait(10) for upload in uploads)
+    transfers += [Transfer(admission, fast=True) for _ in range(5)]
+    assert all(transfer.begun.wait(10) for transfer in transfers)
 
 
 def test_a_machine_is_never_less_than_idle_nor_more_than_busy() -> None:
@@ -83,44 +74,44 @@ def test_a_machine_is_never_less_than_idle_nor_more_than_busy() -> None:
     assert 0 <= processors.idle() <= 1
 
 
-def test_after_slow_ones_fast_ones_take_turns_again(uploads: list[Upload]) -> None:
+def test_after_slow_ones_fast_ones_take_turns_again(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
-    uploads += [Upload(admission) for _ in range(4)]
-    assert all(upload.begun.wait(10) for upload in uploads)
-    for upload in uploads:
-        upload.over.set()
-        upload.join()
-    uploads += [Upload(admission, fast=True) for _ in range(3)]
-    assert not all(upload.begun.wait(0.2) for upload in uploads[4:])
+    transfers += [Transfer(admission) for _ in range(4)]
+    assert all(transfer.begun.wait(10) for transfer in transfers)
+    for transfer in transfers:
+        transfer.over.set()
+        transfer.join()
+    transfers += [Transfer(admission, fast=True) for _ in range(3)]
+    assert not all(transfer.begun.wait(0.2) for transfer in transfers[4:])
 
 
-def test_a_small_one_never_waits(uploads: list[Upload]) -> None:
+def test_a_small_one_never_waits(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=3600)
-    uploads.append(Upload(admission))
-    assert uploads[0].begun.wait(10)
-    uploads.append(Upload(admission, LARGE_BYTES - 1))
-    assert uploads[1].begun.wait(10)
+    transfers.append(Transfer(admission))
+    assert transfers[0].begun.wait(10)
+    transfers.append(Transfer(admission, LARGE_BYTES - 1))
+    assert transfers[1].begun.wait(10)
 
 
 def test_one_that_goes_away_while_it_waits_gives_its_place_in_the_queue_to_the_next(
-    uploads: list[Upload],
+    transfers: list[Transfer],
 ) -> None:
     admission = Admission(at_once=1, look_s=0.05, idle=lambda: 0.0)
-    uploads += [Upload(admission, fast=True)]
-    assert uploads[0].begun.wait(10)
-    uploads += [Upload(admission, fast=True)]
-    assert not uploads[1].begun.wait(0.1)
-    uploads += [Upload(admission, fast=True)]
-    uploads[1].gone.set()
-    uploads[1].join(10)
-    assert uploads[1].error is not None
-    uploads[0].over.set()
-    assert uploads[2].begun.wait(10)
+    transfers += [Transfer(admission, fast=True)]
+    assert transfers[0].begun.wait(10)
+    transfers += [Transfer(admission, fast=True)]
+    assert not transfers[1].begun.wait(0.1)
+    transfers += [Transfer(admission, fast=True)]
+    transfers[1].gone.set()
+    transfers[1].join(10)
+    assert transfers[1].error is not None
+    transfers[0].over.set()
+    assert transfers[2].begun.wait(10)
 
 
-def test_an_upload_that_fails_leaves_its_place(uploads: list[Upload]) -> None:
+def test_a_transfer_that_fails_leaves_its_place(transfers: list[Transfer]) -> None:
     admission = Admission(at_once=1, look_s=3600)
     with pytest.raises(ValueError, match="torn"), admission.place(LARGE_BYTES, lambda: True):
         raise ValueError("torn")
-    uploads.append(Upload(admission))
-    assert uploads[0].begun.wait(10)
+    transfers.append(Transfer(admission))
+    assert transfers[0].begun.wait(10)

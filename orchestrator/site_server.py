@@ -9,6 +9,7 @@ import grpc
 
 from orchestrator.config import DaemonConfig
 from orchestrator.home import Home, split_address
+from protos.bulk import READ_BUFFER
 from protos.errors import Unavailable
 from protos.identity import certificate_pem
 from protos.rpc import ErrorInterceptor
@@ -26,6 +27,7 @@ SITE_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # a window that it grows on a busy machine has no bound
     ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    READ_BUFFER,
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),

@@ -18,6 +18,11 @@ from protos.v1 import common_pb2, site_pb2, site_pb2_grpc
 
 SERVICE = "farflung.v1.Bulk"
 
+READ_BUFFER = ("grpc.experimental.tcp_max_read_buffer_size", 256 << 10)
+"""Bound of what a connection reads at a time. By itself gRPC has each keep a buffer as large as the most
+that it ever read at once, idle or not: some 7 MB a site (docs/evidence.md). A gRPC that does not know
+this bound ignores it."""
+
 _CHUNK_TAG = 0x12  # field 2, length-delimited: `chunk` in both messages
 _NUMBER_TAG = 0x08  # Chunk.number, varint
 _DATA_TAG = 0x12  # Chunk.data, length-delimited

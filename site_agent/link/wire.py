@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 
+from protos.bulk import READ_BUFFER
 from protos.errors import FarflungError, InvalidInput, NotEnrolled, Unavailable
 from protos.identity import key_pem
 from site_agent.config import NetworkSection
@@ -165,6 +166,7 @@ class Wire:
                 *channel_options(address, name, BULK_TIMEOUT_MS),
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+                READ_BUFFER,
             ],
         )
 

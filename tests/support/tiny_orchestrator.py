@@ -94,12 +94,14 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
         self.server.start()
 
     def stop(self) -> None:
-        for stream in self.streams:
-            stream.put(None)
-        self.streams.clear()
+        # The server first: a site whose stream ended earlier would attach again to what goes away.
         if self.server is not None:
             self.server.stop(0).wait()
             self.server = None
+        with self.changed:
+            for stream in self.streams:
+                stream.put(None)
+            self.streams.clear()
 
     @property
     def address(self) -> str:
@@ -227,6 +229,8 @@ class TinyOrchestrator(site_pb2_grpc.ControlServicer, site_pb2_grpc.BulkServicer
 
         threading.Thread(target=read, daemon=True).start()
         with self.changed:
+            if not context.is_active():  # of a server that was stopped since
+                return
             self.said.append(hello)
             self.streams.append(outgoing)
             self.changed.notify_all()

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
+from itertools import takewhile
 from pathlib import Path
 
 from orchestrator.views import Event
@@ -83,12 +84,14 @@ class EventLog:
     def after(self, number: int, run: str | None = None, limit: int = 1000) -> list[Event]:
         """Events with a larger number, oldest first; only those of one run if one is given."""
         with self._news:
-            recent = list(self._recent)
+            oldest = self._recent[0].number if self._recent else None
+            # From the newest back: each event wakes all who follow, and few are behind by many.
+            recent = list(takewhile(lambda e: e.number > number, reversed(self._recent)))
         found: list[Event] = []
         # All that memory does not have is on disk: what is not written yet is always recent.
-        if not recent or recent[0].number > number + 1:
-            found = self._from_disk(number, recent[0].number if recent else None, run, limit)
-        found += [e for e in recent if e.number > number and (run is None or e.run == run)]
+        if oldest is None or oldest > number + 1:
+            found = self._from_disk(number, oldest, run, limit)
+        found += [e for e in reversed(recent) if run is None or e.run == run]
         return found[:limit]
 
     def last_number(self) -> int:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from orchestrator import views
 from orchestrator.operator_socket import FOLDER, OperatorSocket
 from protos.errors import Conflict, InvalidInput, Unavailable
+from protos.hang_up import MOST_S, hang_up
 from protos.plan import first_problem
 from protos.rpc import from_rpc_error
 from protos.v1 import operator_pb2, operator_pb2_grpc
@@ -89,7 +90,7 @@ class OperatorClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        hang_up(self._channel, MOST_S)
         self._socket.close()
 
     def __enter__(self) -> OperatorClient:

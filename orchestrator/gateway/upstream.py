@@ -16,6 +16,7 @@ from orchestrator.ledger import Acceptance, ContributionRow, PlanRow
 from orchestrator.operator_socket import GATEWAY, OperatorSocket
 from protos.contribution import Header
 from protos.errors import FarflungError
+from protos.hang_up import MOST_S, hang_up
 from protos.rpc import from_rpc_error
 from protos.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -54,7 +55,7 @@ class Upstream:
         """Tell what is left, and end the connection."""
         self._end.set()
         self._teller.join()
-        self._channel.close()
+        hang_up(self._channel, MOST_S)
         self._socket.close()
 
     def open(self) -> gateway_pb2.OpenReply:

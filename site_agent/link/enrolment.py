@@ -10,6 +10,7 @@ from protos.chunks import write_durably
 from protos.digest import digest
 from protos.errors import DataCorrupt, FarflungError, Unavailable
 from protos.faults import reach
+from protos.hang_up import hang_up
 from protos.identity import (
     JoinToken,
     Key,
@@ -22,7 +23,7 @@ from protos.identity import (
 from protos.rpc import from_rpc_error
 from protos.v1 import site_pb2, site_pb2_grpc
 from site_agent.link.keys import Keys, store
-from site_agent.link.wire import Wire, dial, hang_up
+from site_agent.link.wire import Wire, dial
 
 TIMEOUT_S = 30.0
 

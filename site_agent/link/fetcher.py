@@ -16,13 +16,14 @@ from protos.chunks import ChunkFile
 from protos.digest import digest as digest_of
 from protos.errors import DataCorrupt, FarflungError, OutOfSpace, Unavailable
 from protos.faults import reach
+from protos.hang_up import hang_up
 from protos.manifest import Index, Manifest
 from protos.rpc import from_rpc_error
 from protos.spares import Spares
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.policy import Policy
-from site_agent.link.wire import Wire, backoff, hang_up
+from site_agent.link.wire import Wire, backoff
 
 WANTED_S = 1.0
 """While no window is open, it is looked this often whether the model is still wanted."""

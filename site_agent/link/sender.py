@@ -18,12 +18,13 @@ from protos.chunks import read_chunks
 from protos.digest import digest
 from protos.errors import DataCorrupt, FarflungError, ManifestInvalid, Unavailable, by_name
 from protos.faults import reach
+from protos.hang_up import hang_up
 from protos.rpc import from_rpc_error
 from protos.v1 import common_pb2, site_pb2
 from site_agent.link.journal import Journal
 from site_agent.link.outbox import Entry, Outbox, Verdict
 from site_agent.link.plans import order_of
-from site_agent.link.wire import Wire, backoff, hang_up
+from site_agent.link.wire import Wire, backoff
 
 STATUS_TIMEOUT_S = 30.0
 ASK_AGAIN_S = 1.0

@@ -6,7 +6,6 @@ import random
 import re
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,14 +78,6 @@ def dial(
     return grpc.secure_channel(
         address, credentials, options or channel_options(address, server_name)
     )
-
-
-def hang_up(channel: grpc.Channel) -> None:
-    """Close a channel, and with it its calls; not waited for, since gRPC may take for ever.
-
-    See https://github.com/grpc/grpc/issues/20026.
-    """
-    threading.Thread(target=channel.close, name="hang up", daemon=True).start()
 
 
 class Wire:

@@ -37,6 +37,7 @@ from orchestrator.operator_socket import GATEWAY, SOCKET_NAME, OperatorSocket
 from orchestrator.publisher import Publisher
 from orchestrator.reception import Reception
 from orchestrator.recorder import LedgerRecorder
+from orchestrator.restart import take_up_rounds
 from orchestrator.rounds.engine import Engine
 from orchestrator.runs import Runner
 from orchestrator.sessions import Sessions
@@ -85,7 +86,7 @@ class Daemon:
         self.ledger.sign_with(Signer(home.authority(), home.federation))
         self.events = EventLog(home.progress)
         self._closing.callback(self.events.close)
-        self._take_up_rounds()
+        take_up_rounds(self.ledger, self.events.last_heartbeat(), config.sites.grace_s)
         reach("daemon.deadlines.moved")
         self.store = open_store(config, home.store, home.federation)
         self.store.clean()
@@ -357,15 +358,6 @@ class Daemon:
             queued=sum(1 for r in runs if r.state == "queued"),
             running=next((r.name for r in runs if r.state == "running"), None),
         )
-
-    def _take_up_rounds(self) -> None:
-        """Time with the daemon down does not count against a round; what is finished does."""
-        last = self.events.last_heartbeat()
-        down = max(0.0, time.time() - last) if last is not None else 0.0
-        for row in self.ledger.open_rounds():
-            if row.state == "planned":
-                self.ledger.carry_over(row.run, row.round, row.attempt)
-                self.ledger.extend_deadline(row.run, row.round, row.attempt, down)
 
     def _beat(self) -> None:
         while not self._ended.wait(1.0):

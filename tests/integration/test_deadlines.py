@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from orchestrator.cli.tables import notes
 from orchestrator.views import Round
 from tests.support.field import SITES, Field
+from tests.support.files import wait_for
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240), pytest.mark.slow]
 
@@ -98,3 +102,30 @@ def test_time_that_a_site_prepares_does_not_run_against_it(field: Field) -> None
     assert (round.attempt, round.missing) == (1, {})
     assert round.closed is not None
     assert round.closed - round.started > 6
+
+
+def test_a_daemon_that_is_killed_just_before_the_deadline_waits_for_its_sites(
+    tmp_path: Path,
+) -> None:
+    grace_s = 30
+    field = Field(tmp_path / "f", daemon={"sites": {"heartbeat_s": grace_s / 5}})
+    with field.federation as federation:
+        committed(field, federation.launch(config(field, "warm", deadline_s=120)))
+        field.clear()
+        gate = field.switches["north"] / "gate"
+        gate.touch()
+        run = federation.launch(config(field, "just-before", deadline_s=8))
+        wait_for(field.switches["north"] / "reached", 60)
+        (round,) = federation.rounds(run)
+        assert round.deadline is not None
+        Event().wait(round.deadline - 1 - time.time())
+        federation.kill_daemon()
+        federation.start_daemon()
+        started = time.time()
+        federation.await_sites(SITES)
+        # By now it would be over: the deadline was a second away when the daemon was killed.
+        Event().wait(started + 3 - time.time())
+        gate.unlink()
+        (round,) = committed(field, run)
+        assert (round.attempt, round.missing) == (1, {})
+        assert field.steps("north") == 40

@@ -56,12 +56,13 @@ test: $(READY_TO_DEVELOP) ## everything fast and a seeded sample of the slow (at
 test-all: $(READY_TO_DEVELOP) ## every test (at most 60 minutes)
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
-check: $(READY_TO_DEVELOP) ## ruff, mypy, import-linter, generated code
+check: $(READY_TO_DEVELOP) ## ruff, mypy, import-linter, generated code, exports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/architecture/generated_protos.py
+	$(BIN)/python -m pytest -q tests/architecture/test_imports.py -k facade_exports
 
 format: $(READY_TO_DEVELOP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""What a site computes for a plan, without processes: the loop, the update, the state, the payload."""
+"""What a site computes for a plan, without processes: the loop, the update, the payload."""
 
 from __future__ import annotations
 
@@ -9,31 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.nn import functional as F
 
-from protos.contribution import ASSESSMENTS, Header
 from protos.errors import ConfigInvalid, DataCorrupt, ManifestInvalid, TaskFailed
-from protos.manifest import Index, Manifest
-from protos.plan import OptimizerChoice, Plan, Schedule, StrategyChoice, Work
+from protos.manifest import Manifest
+from protos.plan import Schedule, Work
 from protos.tensors import map_file
 from site_agent.pipe import Progress
-from site_agent.trainer import assessing, sealed
 from site_agent.trainer import watch as watch_module
-from site_agent.trainer.exchange import Clock, Exchange
 from site_agent.trainer.pace import Pace
 from site_agent.trainer.randomness import seed_epoch, shuffled
-from site_agent.trainer.site_state import STATE, SiteState
 from site_agent.trainer.watch import JobCancelled, Watch
-from site_agent.trainer.workload import Workload
 from strategies import registry
-from strategies.stack import Stack
-from tests.support import site_tasks, strategies_for_tests
-from tests.support.disk import flip
-from tests.support.sites import base_of, plan_of, unpack, workload_of
-
-EVERY = {**registry.catalogue(), **{cls.name: cls for cls in strategies_for_tests.ALL}}
+from tests.support import site_tasks
+from tests.support.sites import base_of, plan_of, workload_of
+from tests.support.trainer_bench import EVERY, Bench, sgd
 
 
 @pytest.fixture(autouse=True)
@@ -41,58 +31,9 @@ def more_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "catalogue", lambda: EVERY)
 
 
-class Bench:
-    """Performs plans in this process, as the trainer does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        self.told: list[Progress] = []
-        self.work: Workload | None = None
-
-    def perform(
-        self,
-        plan: Plan,
-        state: Path | None = None,
-        work: Workload | None = None,
-        base: tuple[Path, Manifest, Index] | None = None,
-        cancelled: threading.Event | None = None,
-        enough_at: float | None = None,
-    ) -> tuple[Header, dict[str, Tensor], Path]:
-        self.count += 1
-        self.work = work or workload_of(plan)
-        out = self.folder / f"out-{self.count}"
-        if plan.kind != "init":
-            base = base or base_of(self.folder, plan)
-            plan = plan.model_copy(update={"manifest": base[1].digest})
-        finishing = threading.Event()
-
-        def tell(progress: Progress) -> None:
-            self.told.append(progress)
-            if enough_at is not None and progress.done >= enough_at:
-                finishing.set()
-
-        watch = Watch(1, tell, cancelled, finishing)
-        exchange = Exchange(self.work, plan, watch, Clock(), base[0] if base else None, state, out)
-        header, index = exchange.perform()
-        assert Header.decode(header.encode()) == header
-        assert header.index == index.digest
-        assert (out / "payload").stat().st_size == index.nbytes
-        covered = self.work.shared.covering(plan.groups)
-        if plan.kind in ASSESSMENTS:
-            covered = Manifest(())
-        assert header.expected_nbytes(covered) == index.nbytes
-        if header.codec:
-            return header, {}, out
-        return header, unpack(header, covered, out / "payload"), out
-
-
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
-
-
-def sgd(**fields: Any) -> OptimizerChoice:
-    return OptimizerChoice.model_validate({"name": "sgd", "momentum": 0.0, **fields})
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -215,86 +156,6 @@ def test_a_cancelled_job_stops(bench: Bench) -> None:
         bench.perform(plan_of(), cancelled=cancelled)
 
 
-@pytest.fixture
-def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step is told, so that a test may say when it has heard enough."""
-    monkeypatch.setattr(watch_module, "BRIEF_S", 0.0)
-    monkeypatch.setattr(watch_module, "INTERVAL_S", 0.0)
-
-
-@pytest.mark.usefixtures("talkative")
-def test_work_that_is_cut_is_the_steps_that_were_done(bench: Bench) -> None:
-    """The bits of the same steps by hand, in the cycle of the whole work, at that part of the weight."""
-    schedule = Schedule(shape="exp", lr=0.4, decay=0.25)
-    plan = plan_of(work=Work(steps=10), schedule=schedule, optimizer=sgd(momentum=0.9))
-    header, update, _ = bench.perform(plan, enough_at=7)
-    assert (header.partial, header.steps, header.epochs) == (True, 7, 1.4)
-    assert header.examples == 28  # 40 of them, 7 of 10 steps
-    assert header.done("steps") == 7
-
-    work = workload_of(plan)
-    data, base = site_tasks.clouds(1, 40), {k: v.clone() for k, v in work.state().items()}
-    optimizer = torch.optim.SGD(work.model.parameters(), lr=1.0, momentum=0.9)
-    parts = []
-    for epoch in range(2):
-        seed_epoch(plan, epoch)
-        parts += shuffled(plan, epoch, 40).split(8)
-    for step, part in enumerate(parts[:7]):
-        optimizer.param_groups[0]["lr"] = 0.4 * 0.25 ** (step / 10)
-        optimizer.zero_grad()
-        F.cross_entropy(work.model(data.tensors[0][part]), data.tensors[1][part]).backward()
-        optimizer.step()
-    for tensor in work.shared:
-        if tensor.kind == "parameter":
-            assert torch.equal(update[tensor.name], base[tensor.name] - work.state()[tensor.name])
-
-
-@pytest.mark.usefixtures("talkative")
-@pytest.mark.parametrize(
-    ("work", "enough_at", "steps", "examples"),
-    [
-        (Work(epochs=2), 0.0, 1, 4),  # said before it began: one step, and not none
-        (Work(epochs=2), 1.0, 5, 20),
-        (Work(epochs=0.5), 0.2, 1, 20),  # of two steps
-        (Work(tokens=40), 16.0, 2, 16),
-    ],
-    ids=str,
-)
-def test_the_weight_of_partial_work_is_its_share_of_the_examples(
-    bench: Bench, work: Work, enough_at: float, steps: int, examples: int
-) -> None:
-    header, _, _ = bench.perform(plan_of(work=work), enough_at=enough_at)
-    assert (header.partial, header.steps, header.examples) == (True, steps, examples)
-
-
-@pytest.mark.usefixtures("talkative")
-def test_work_that_was_done_when_enough_was_said_is_whole(bench: Bench) -> None:
-    header, _, _ = bench.perform(plan_of(work=Work(steps=4)), enough_at=4)
-    assert (header.partial, header.steps, header.examples) == (False, 4, 40)
-
-
-@pytest.mark.usefixtures("talkative")
-def test_a_loop_of_the_tasks_own_is_cut_where_it_asks(bench: Bench) -> None:
-    plan = plan_of(task="OwnLoop", work=Work(epochs=10))
-    header, _, _ = bench.perform(plan, enough_at=3)
-    assert (header.partial, header.steps, header.examples) == (True, 3, 12)
-
-
-@pytest.mark.usefixtures("talkative")
-def test_what_a_site_remembers_goes_on_from_partial_work(bench: Bench) -> None:
-    choice = OptimizerChoice(name="sgd", momentum=0.9, keep_state=True)
-    plan = plan_of(work=Work(epochs=2), optimizer=choice, stack=("test_half_precision",))
-    base = base_of(bench.folder, plan)
-    _, _, cut = bench.perform(plan, base=base, enough_at=0.6)
-    _, _, whole = bench.perform(plan, base=base)
-    states = [SiteState.read(folder) for folder in (cut, whole)]
-    assert states[0].optimizer.keys() == states[1].optimizer.keys()
-    assert states[0].strategies.keys() == states[1].strategies.keys()
-    again = plan.model_copy(update={"round": 2})
-    digests = {bench.perform(again, f, base=base)[0].index for f in (cut, whole)}
-    assert len(digests) == 2  # each goes on from its own
-
-
 def test_gradients_are_clipped(bench: Bench) -> None:
     plan = plan_of(work=Work(steps=1), gradient_clip=1e-3, optimizer=sgd())
     _, update, _ = bench.perform(plan)
@@ -311,101 +172,6 @@ def test_metrics_are_the_training_loss(bench: Bench) -> None:
     header, _, _ = bench.perform(plan_of(work=Work(epochs=4)))
     assert set(header.metrics) == {"train_loss", "train_loss_first"}
     assert set(header.seconds) == {"training", "encoding"}
-
-
-# -- state -----------------------------------------------------------------------------------------
-
-
-def test_the_optimizers_state_is_kept_only_if_the_plan_says_so(bench: Bench) -> None:
-    for name in ("sgd", "adam", "adamw"):
-        choice = OptimizerChoice(name=name, momentum=0.9, keep_state=True)  # type: ignore[arg-type]
-        plan = plan_of(optimizer=choice)
-        _, _, out = bench.perform(plan)
-        again = plan.model_copy(update={"round": 2})
-        base = base_of(bench.folder, again)
-        kept = bench.perform(again, out, base=base)[0].index
-        assert kept != bench.perform(again, base=base)[0].index
-    _, _, out = bench.perform(plan_of())
-    assert [path.name for path in out.iterdir()] == ["payload"], "there is nothing to remember"
-
-
-def test_states_of_strategies_travel_in_and_out(bench: Bench) -> None:
-    plan = plan_of(stack=("test_half_precision",))
-    _, _, out = bench.perform(plan)
-    state = SiteState.read(out)
-    assert set(state.strategies) == {"test_half_precision"}
-    # A round without the strategy carries its state on.
-    _, _, second = bench.perform(plan_of(round=2), out)
-    carried = SiteState.read(second).strategies["test_half_precision"]
-    for name, value in state.strategies["test_half_precision"].items():
-        assert torch.equal(carried[name], value)
-
-
-def test_a_state_that_a_disk_damaged_counts_as_lost(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, _, out = bench.perform(plan_of(stack=("test_half_precision",)))
-    flip(out / STATE, (out / STATE).stat().st_size - 1)
-    later = plan_of(stack=("test_half_precision",), round=2, last_counted="c" * 64)
-    base = base_of(bench.folder, later)
-    header, _, after = bench.perform(later, out, base=base)
-    assert header.metrics["train_state_missing"] == 1.0
-    assert "state.safetensors is damaged" in capsys.readouterr().err
-    fresh, _, anew = bench.perform(later, base=base)
-    assert header.index == fresh.index
-    states = [SiteState.read(folder).strategies["test_half_precision"] for folder in (after, anew)]
-    for name, value in states[0].items():
-        assert torch.equal(states[1][name], value)
-
-
-def test_a_state_of_an_earlier_version_has_no_seal(tmp_path: Path) -> None:
-    save_file({"own/a": torch.ones(2)}, tmp_path / STATE, {"run": "r"})
-    assert SiteState.read(tmp_path).own["a"].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.int64])
-def test_a_seal_is_of_every_byte(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {"a": torch.ones(3, 2).to(dtype), "none": torch.zeros(0), "one": torch.tensor(7)}
-    file = tmp_path / "file"
-    sealed.write(tensors, file, {"run": "r"})
-    assert sealed.read(file)[1] == {"run": "r"}
-    refused, whole = 0, file.read_bytes()
-    for at in range(len(whole)):
-        flip(file, at)
-        try:
-            found, _ = sealed.read(file)
-        except DataCorrupt:
-            refused += 1
-        else:  # white space, or the name of the seal
-            assert found.keys() == tensors.keys()
-            assert all(torch.equal(found[name], value) for name, value in tensors.items())
-        file.write_bytes(whole)
-    assert refused > len(whole) - 20
-
-
-def test_what_is_placed_at_the_site_stays_and_comes_back(bench: Bench) -> None:
-    plan = plan_of(task="Personal")
-    header, update, out = bench.perform(plan)
-    assert not any(name.startswith("1.") for name in update)
-    own = SiteState.read(out).own
-    assert set(own) == {
-        "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
-    }  # fmt: skip
-    payload = (out / "payload").read_bytes()
-    for name in ("1.weight", "1.running_mean"):
-        assert own[name].numpy().tobytes() not in payload
-    assert int(own["1.num_batches_tracked"]) == header.steps
-    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out)
-    found = SiteState.read(later).own["1.num_batches_tracked"]
-    assert int(found) == 2 * header.steps
-
-
-def test_adopt_may_reset_what_is_placed_at_the_site(bench: Bench) -> None:
-    plan = plan_of(stack=("test_own_normalisation",))
-    header, _, out = bench.perform(plan)
-    _, _, later = bench.perform(plan.model_copy(update={"round": 2}), out)
-    found = SiteState.read(later).own["1.num_batches_tracked"]
-    assert int(found) == header.steps
 
 
 # -- payload ---------------------------------------------------------------------------------------
@@ -451,26 +217,6 @@ def test_only_the_groups_of_the_plan_are_sent(
     for group in groups:
         _, update, _ = bench.perform(plan.model_copy(update={"groups": (group,)}))
         assert set(update) == {t.name for t in workload_of(plan).shared if t.group == group}
-
-
-def test_a_state_may_hold_tensors_that_share_memory(tmp_path: Path) -> None:
-    """And one that was read may be changed in place and written again: a residual is."""
-    whole = torch.arange(6.0)
-    state = SiteState(
-        strategies={"s": {"whole": whole, "part": whole[2:], "row": whole.view(2, 3)}}
-    )
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-    state.write(tmp_path / "first", {"run": "r"})
-    read = SiteState.read(tmp_path / "first")
-    for tensor in read.strategies["s"].values():
-        tensor.add_(1)
-    read.write(tmp_path / "second", {})
-    for folder, added in (("first", 0), ("second", 1)):
-        found = SiteState.read(tmp_path / folder).strategies["s"]
-        assert found["whole"].tolist() == (whole + added).tolist()
-        assert found["part"].tolist() == (whole[2:] + added).tolist()
-        assert found["row"].tolist() == (whole.view(2, 3) + added).tolist()
 
 
 def test_a_codecs_blocks_stand_in_the_header(bench: Bench) -> None:
@@ -547,114 +293,6 @@ def test_a_first_base_is_the_model_as_built(bench: Bench) -> None:
     for name, value in map_file(model, work.shared).items():
         assert torch.equal(value, work.state()[name])
     assert header.examples == 0
-
-
-# -- assess ----------------------------------------------------------------------------------------
-
-
-def test_assess_sums_equal_those_of_the_whole_set(bench: Bench) -> None:
-    plan = plan_of(kind="assess")
-    header, sums, out = bench.perform(plan)
-    data = site_tasks.clouds(101, 30)
-    model = workload_of(plan).model.eval()
-    with torch.no_grad():
-        outputs = model(data.tensors[0])
-    right = (outputs.argmax(1) == data.tensors[1]).sum()
-    assert float(sums["val/correct"]) == float(right)
-    assert float(sums["val/nll"]) == pytest.approx(
-        float(F.cross_entropy(outputs, data.tensors[1], reduction="sum")), rel=1e-6
-    )
-    assert header.examples == 30
-    assert all(p.merge == "sum" for p in header.payloads)
-    assert [path.name for path in out.iterdir()] == ["payload"]
-
-
-def test_assess_and_reassess_of_a_calibration(bench: Bench) -> None:
-    stack = (StrategyChoice(name="temperature"),)
-    header, sums, _ = bench.perform(plan_of(kind="assess", stack=stack))
-    assert any(name.startswith("temperature/") for name in header.payload_names)
-    maps = {name: c.parameters for name, c in Stack(stack).calibrate(sums).items()}
-    assert maps
-    plan = plan_of(kind="reassess", stack=stack, calibration=maps)
-    again, later, _ = bench.perform(plan)
-    assert not any(name.startswith("temperature/") for name in again.payload_names)
-    assert float(later["val_calibrated/n"]) == 30
-    assert float(later["val_calibrated/correct"]) == float(sums["val/correct"])
-
-
-def test_the_second_exchange_does_not_run_the_model_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stack = (StrategyChoice(name="temperature"),)
-    first = plan_of(kind="assess", stack=stack)
-    again = plan_of(kind="reassess", stack=stack, calibration={"temperature": {"temperature": 2.0}})
-    work, ran = workload_of(first), []
-    forward = work.task.forward
-
-    def counted(*arguments: Any) -> Any:
-        ran.append(1)
-        return forward(*arguments)
-
-    monkeypatch.setattr(work.task, "forward", counted, raising=False)
-
-    def runs(plan: Plan) -> tuple[int, dict[str, Tensor]]:
-        ran.clear()
-        _, sums, _ = bench.perform(plan, work=work)
-        return len(ran), sums
-
-    there, fresh = runs(again)
-    assert there > 0
-    assert runs(first)[0] == there
-    none, kept = runs(again)
-    assert none == 0
-    assert kept.keys() == fresh.keys()
-    assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
-    # Nor does it read the model: it may be larger than all else that an assessment needs.
-    runs(first)
-    _, manifest, index = base_of(bench.folder, first)
-    _, unread, _ = bench.perform(again, work=work, base=(bench.folder / "none", manifest, index))
-    assert all(torch.equal(unread[name], fresh[name]) for name in fresh)
-    # Asked once more, as after a break; for another model; or if its outputs are too large to keep.
-    assert runs(again)[0] == there
-    runs(first)
-    assert runs(again.model_copy(update={"base": "0" * 64}))[0] == there
-    runs(first.model_copy(update={"round": 2}))
-    assert {key[1] for key in work.outputs} == {2}
-    monkeypatch.setattr(assessing, "KEPT_BYTES", 10)
-    runs(first)
-    assert not work.outputs
-    assert runs(again)[0] == there
-
-
-def test_an_assessment_reads_of_a_site_s_memory_its_own_tensors_only(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SiteState, "read", lambda _: pytest.fail("it may be twice the model"))
-    bench.perform(plan_of(kind="assess"), state=bench.folder)
-    with pytest.raises(pytest.fail.Exception):
-        bench.perform(plan_of(), state=bench.folder)
-
-
-def test_a_site_s_own_tensors_are_assessed_with_the_candidate(bench: Bench) -> None:
-    stack = ("test_own_normalisation",)
-    _, _, state = bench.perform(plan_of(stack=stack))
-    plan = plan_of(stack=stack, kind="assess")
-    _, remembered, _ = bench.perform(plan, state=state)
-    _, fresh, _ = bench.perform(plan)
-    assert not torch.equal(remembered["val/nll"], fresh["val/nll"])
-
-
-def test_what_looks_behind_the_map_is_asked_for_once(bench: Bench) -> None:
-    sets, temperature = StrategyChoice(name="conformal"), StrategyChoice(name="temperature")
-    names = {"conformal/val/own", "conformal/val/every", "conformal/test/own"}
-    for stack, kind in (((sets,), "assess"), ((sets, temperature), "reassess")):
-        asked = {"assess": "reassess", "reassess": "assess"}[kind]
-        _, sums, _ = bench.perform(plan_of(kind=kind, stack=stack))
-        assert names <= sums.keys()
-        assert int(sums["conformal/val/own"].sum()) == 30
-        if len(stack) > 1:
-            _, other, _ = bench.perform(plan_of(kind=asked, stack=stack))
-            assert not names & other.keys()
 
 
 def test_a_task_may_own_its_loop(bench: Bench) -> None:
